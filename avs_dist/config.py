@@ -1,0 +1,200 @@
+"""Frozen dataclasses: the single source of truth for every setting of a run.
+
+YAML files and dotted command-line overrides are read into them by `launch/`; the DeepSpeed dict is derived from them
+in `engine.py`; the resolved config is saved beside every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the clips come from.
+
+    Args:
+        shards: Folder with index.json and the tar shards (`avs-dist shards build`).
+        train_split: Split used for training.
+        eval_split: Split used for the evaluations during training.
+        workers: Decoding processes per rank (0 decodes in the training process).
+        shuffle_window: Clips that are mixed at a time, counted over consecutive (shuffled) shards.
+    """
+
+    shards: str = "shards"
+    train_split: str = "train"
+    eval_split: str = "val"
+    workers: int = 2
+    shuffle_window: int = 4096
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Visual backbone, any timm model that supports features_only.
+
+    Args:
+        name: timm model name; the papers use pvt_v2_b5 and resnet50.
+        weights: "none", "hub" (ImageNet weights through timm), or a local .safetensors/.pth file.
+    """
+
+    name: str = "pvt_v2_b5"
+    weights: str = "none"
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Audio encoder: one vector of 128 numbers for each second.
+
+    Args:
+        kind: "vggish" (frozen, needs weights) or "logmel_cnn" (small, trained from scratch).
+        weights: Local VGGish weights file (.safetensors or .pth state dict).
+    """
+
+    kind: Literal["vggish", "logmel_cnn"] = "vggish"
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class NeckConfig:
+    """Channel reduction after each backbone stage.
+
+    Args:
+        kind: "dilated" (TPAVI paper: sum of four dilated 3x3 convolutions) or "one_layer" (one 3x3 convolution).
+        channels: Output channels of every stage (TPAVI paper: 256).
+    """
+
+    kind: Literal["dilated", "one_layer"] = "dilated"
+    channels: int = 256
+
+
+@dataclass(frozen=True)
+class TPAVIConfig:
+    """Temporal pixel-wise audio-visual interaction.
+
+    Args:
+        stages: Backbone stages that carry a TPAVI block (0 is the finest); empty = no audio at all.
+        time_aligned: Learn a T x T mixing of the scores, so that a pixel knows its own second (ours).
+        key: Attend to audio (paper: va), to visual tokens (vv), or the mean of both.
+        implementation: "rank_t" (exact, fast), "literal" (the published N x N formula) or "auto".
+    """
+
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    time_aligned: bool = False
+    key: Literal["audio", "visual", "both"] = "audio"
+    implementation: Literal["auto", "triton", "rank_t", "literal"] = "auto"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network.
+
+    Args:
+        system: Which published system to build.
+        compat: "paper", or "published_code" to reproduce where the public code departs from it.
+    """
+
+    system: Literal["tpavi"] = "tpavi"
+    compat: Literal["paper", "published_code"] = "paper"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    neck: NeckConfig = field(default_factory=NeckConfig)
+    tpavi: TPAVIConfig = field(default_factory=TPAVIConfig)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and variants of the losses.
+
+    Args:
+        avm: Audio-visual matching loss (TPAVI paper eq. 6 and its published variants), or "none".
+        avm_weight: Its weight (published: 0.5).
+        avm_stages: Stages it is applied to.
+    """
+
+    avm: Literal["none", "s4_cosine", "ms3_kl", "ms3_euclidean", "visual_visual", "avss_kl"] = "none"
+    avm_weight: float = 0.5
+    avm_stages: tuple[int, ...] = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimiser and schedule.
+
+    Args:
+        name: "adam" (published) or "adamw".
+        lr: Peak learning rate (published: 1e-4).
+        weight_decay: Decoupled for adamw, L2 for adam.
+        warmup_steps: Linear warm-up from 0.
+        schedule: After warm-up: "constant" (published) or "cosine" to 0 at train.max_steps.
+        clip_norm: Global gradient norm limit; 0 = none.
+    """
+
+    name: Literal["adam", "adamw"] = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed settings; the DeepSpeed dict is derived from these.
+
+    Args:
+        zero_stage: ZeRO stage: 0 none, 1 optimiser states, 2 + gradients, 3 + parameters are sharded over ranks.
+        precision: Arithmetic of the network: fp32 or bf16 (losses stay in fp32).
+        grad_accumulation: Micro-batches summed before a step; train.global_batch is split over them and the ranks.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    grad_accumulation: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        max_steps: Optimiser steps of the run.
+        global_batch: Clips per optimiser step, over all ranks and micro-batches.
+        out_dir: Checkpoints, TensorBoard logs and metrics.jsonl go here.
+        eval_every: Steps between evaluations (and checkpoints); 0 = only at the end.
+        log_every: Steps between log lines.
+        resume: Continue from the last checkpoint in out_dir.
+    """
+
+    max_steps: int = 1000
+    global_batch: int = 4
+    out_dir: str = "runs/run"
+    eval_every: int = 0
+    log_every: int = 10
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of lists, numbers and strings (JSON and YAML safe)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_hash(config: Any) -> str:
+    """Stable short hash of all values: equal configs have equal hashes, in every process and on every machine."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]

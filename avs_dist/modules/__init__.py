@@ -1,0 +1,1 @@
+"""Network parts (nn.Module): no losses, no distributed code."""

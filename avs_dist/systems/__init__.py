@@ -1,0 +1,1 @@
+"""Published systems, one file each, behind the System protocol."""

@@ -1,0 +1,84 @@
+"""Rank, world size and the collectives we use; every function also works with no process group."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        out = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # torch types it as *args
+        # every rank's loss depends on every rank's value, so the gradients are summed as well
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum of `value` over all ranks, with gradient; `value` itself on one process."""
+    return _AllReduceSum.apply(value) if world_size() > 1 else value
+
+
+def global_mean(total: Tensor, count: Tensor) -> Tensor:
+    """This rank's share of sum(total) / sum(count) over all ranks.
+
+    The engine averages gradients over ranks; the factor world_size makes that average equal the gradient of the
+    global mean, whatever the number of counted elements on each rank. The mean of the shares over ranks is the
+    global mean. An empty count gives 0.
+    """
+    global_count = all_reduce_sum(count.detach().to(total.dtype))
+    return total * (world_size() / global_count.clamp_min(1.0))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Plain Python `value` of every rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

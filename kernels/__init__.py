@@ -1,0 +1,1 @@
+"""Numerical kernels; need torch, triton and numpy only."""

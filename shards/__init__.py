@@ -1,0 +1,1 @@
+"""Tar shards: building, checking and streaming them; no model code here."""

@@ -1,0 +1,1 @@
+"""Readers of the data layouts that `shards build` accepts."""
