@@ -24,6 +24,7 @@ setup(
         "pillow>=10",
         "timm>=1.0.15",
         "jsonargparse>=4.40",
+        "docstring-parser>=0.16",  # the field descriptions of the configs become help texts
         "pyyaml>=6",
         "safetensors>=0.5",
         "tensorboard>=2.16",

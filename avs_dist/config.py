@@ -7,8 +7,10 @@ in `engine.py`; the resolved config is saved beside every checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -198,3 +200,30 @@ def to_dict(config: Any) -> dict[str, Any]:
 def config_hash(config: Any) -> str:
     """Stable short hash of all values: equal configs have equal hashes, in every process and on every machine."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Inverse of `to_dict`.
+
+    Raises:
+        ValueError: unknown key or wrong type, naming it.
+    """
+    return _build(Config, values, "")
+
+
+def _build(cls: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path or 'top level'} must be a mapping, got {type(values).__name__}")
+    types = typing.get_type_hints(cls)
+    kwargs: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{path}{key}"
+        if key not in types:
+            near = difflib.get_close_matches(str(key), types, n=1)
+            raise ValueError(f"config: unknown key '{where}'" + (f" (did you mean {path}{near[0]}?)" if near else ""))
+        if dataclasses.is_dataclass(types[key]):
+            value = _build(types[key], value, f"{where}.")
+        elif typing.get_origin(types[key]) is tuple:
+            value = tuple(value)
+        kwargs[key] = value
+    return cls(**kwargs)

@@ -10,6 +10,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def start() -> torch.device:
+    """Join the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    Without a launcher a group of one process is made, so that one code path serves all cases. Call `stop` at the end.
+    Returns this rank's device: its own GPU, or the CPU.
+    """
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # ranks on one host would otherwise each take all cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    if not is_distributed():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def stop() -> None:
+    """Leave the process group; without this a rank may abort at interpreter exit."""
+    if is_distributed():
+        dist.destroy_process_group()
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -24,6 +51,11 @@ def world_size() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Ranks on this host: torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
 def is_main() -> bool:
@@ -43,7 +75,7 @@ class _AllReduceSum(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]  # torch types it as *args
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         # every rank's loss depends on every rank's value, so the gradients are summed as well
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)

@@ -1,0 +1,187 @@
+"""Checkpoints: written aside, sealed by a manifest, then renamed; a torn one is never taken for a whole one.
+
+<out_dir>/checkpoints/step-000600/  manifest.json  config.yaml  model.safetensors  engine/ (sharded training state)
+<out_dir>/checkpoints/last.json, best.json          {"folder": "step-000600", ...}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from avs_dist import world
+from avs_dist.config import Config, config_hash, from_dict, to_dict
+from avs_dist.engine import Engine
+from avs_dist.systems import build_system
+from avs_dist.systems.base import System
+
+MANIFEST = "manifest.json"
+# a run may be continued with other values of these; all others must be the same
+_FREE_TO_CHANGE = ("out_dir", "max_steps", "eval_every", "log_every", "resume")
+
+
+def save(engine: Engine, config: Config, *, step: int, image_size: int, metrics: dict[str, float]) -> Path:
+    """Write the checkpoint of `step` (collective) and point last.json, and if it scores highest best.json, to it."""
+    root = _root(config.train.out_dir)
+    final = root / f"step-{step:06d}"
+    staging = root / f".{final.name}.partial"
+    if world.is_main():
+        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "engine").mkdir(parents=True)
+    world.barrier()
+    engine.save(staging / "engine")
+    weights = {name: tensor.contiguous() for name, tensor in engine.full_weights()}
+    world.barrier()  # all ranks have written their part
+    if world.is_main():
+        save_file(weights, staging / "model.safetensors")
+        (staging / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        _seal(staging, config, step=step, image_size=image_size, metrics=metrics)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staging, final)
+        _point(root, final, step, metrics)
+        _prune(root)
+    world.barrier()  # nobody reads before rank 0 has renamed
+    return final
+
+
+def last_checkpoint(out_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run; rank 0 looks, all ranks get its answer."""
+    found: str | None = None
+    if world.is_main():
+        whole = [p for p in sorted(_root(out_dir).glob("step-*")) if (p / MANIFEST).is_file()]
+        found = str(whole[-1]) if whole else None
+    answer = world.broadcast_object(found)
+    return Path(answer) if answer else None
+
+
+def resume(engine: Engine, config: Config, checkpoint: Path) -> int:
+    """Load the training state; returns the number of steps done.
+
+    Raises:
+        ValueError: damaged files, another config, world size or ZeRO stage than at the save.
+    """
+    manifest = _verified_manifest(checkpoint)
+    now = {"world_size": world.world_size(), "config_hash": resume_hash(config)}
+    for key, value in now.items():
+        if manifest[key] != value:
+            raise ValueError(
+                f"{checkpoint}: saved with {key}={manifest[key]}, this run has {value}; "
+                f"continue with the settings in {checkpoint / 'config.yaml'} or start in another train.out_dir"
+            )
+    engine.load(checkpoint / "engine")
+    return int(manifest["step"])
+
+
+def resume_hash(config: Config) -> str:
+    """Hash of the settings that must stay the same over a resume."""
+    values = to_dict(config)
+    values["train"] = {k: v for k, v in values["train"].items() if k not in _FREE_TO_CHANGE}
+    return config_hash(values)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Checkpoint folder for a checkpoint or a run folder (its best, else its last checkpoint).
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    for root in (_root(path), path):
+        for pointer in ("best.json", "last.json"):
+            if (root / pointer).is_file():
+                return root / json.loads((root / pointer).read_text())["folder"]
+    raise FileNotFoundError(f"no checkpoint in {path}: expected {MANIFEST} or checkpoints/best.json (avs-dist train)")
+
+
+def load_system(checkpoint: str | Path, device: torch.device | str = "cpu") -> tuple[System, Config]:
+    """System with its trained weights, in evaluation mode, and the config it was trained with."""
+    folder = find_checkpoint(checkpoint)
+    config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    system = build_system(config, load_pretrained=False)
+    system.load_state_dict(load_file(folder / "model.safetensors"))
+    return system.to(device).eval(), config
+
+
+def image_size(checkpoint: str | Path) -> int:
+    """Side in pixels of the frames the checkpoint was trained on."""
+    return int(json.loads((find_checkpoint(checkpoint) / MANIFEST).read_text())["image_size"])
+
+
+def _root(out_dir: str | Path) -> Path:
+    return Path(out_dir) / "checkpoints"
+
+
+def _seal(folder: Path, config: Config, **facts: Any) -> None:
+    """Write the manifest last: its presence says that everything else is complete and on disk."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            os.fsync(handle.fileno())
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+    manifest = {
+        **facts,
+        "world_size": world.world_size(),
+        "zero_stage": config.engine.zero_stage,
+        "config_hash": resume_hash(config),
+        "torch": torch.__version__,
+        "files": files,
+    }
+    _write_json(folder / MANIFEST, manifest)
+
+
+def _verified_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a checkpoint after its files were checked; they are unpickled by DeepSpeed, so hashes come first."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    problem = None
+    if world.is_main():
+        for name, facts in manifest["files"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != facts["bytes"]:
+                problem = f"{path} is missing or has another size than the manifest says"
+            elif _sha256(path) != facts["sha256"]:
+                problem = f"{path} is damaged: its sha256 differs from the manifest"
+    problem = world.broadcast_object(problem)
+    if problem:
+        raise ValueError(f"{problem}; delete {folder} to continue from an older checkpoint")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _point(root: Path, final: Path, step: int, metrics: dict[str, float]) -> None:
+    entry = {"folder": final.name, "step": step, **metrics}
+    best = root / "best.json"
+    if "miou" in metrics and (not best.is_file() or json.loads(best.read_text()).get("miou", -1.0) <= metrics["miou"]):
+        _write_json(best, entry)
+    _write_json(root / "last.json", entry)
+
+
+def _prune(root: Path) -> None:
+    """Keep only what last.json and best.json point to."""
+    keep = {json.loads(p.read_text())["folder"] for p in (root / "last.json", root / "best.json") if p.is_file()}
+    for folder in root.glob("step-*"):
+        if folder.name not in keep:
+            shutil.rmtree(folder)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    with open(partial, "w") as handle:
+        json.dump(value, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(partial, path)

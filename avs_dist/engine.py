@@ -1,0 +1,181 @@
+"""The DeepSpeed engine behind one small class: the only file that imports accelerate or deepspeed.
+
+The same path serves `python` on a CPU, `torchrun` and the `deepspeed` launcher: there is always a process group (of one
+process if need be) and always a DeepSpeedEngine. The DeepSpeed dict is derived from the config, never a second file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from avs_dist import world
+from avs_dist.clip import Clip
+from avs_dist.config import Config
+from avs_dist.optim import build_optimizer, lr_factor
+from avs_dist.systems.base import Prediction, System
+
+
+def micro_batch_size(config: Config) -> int:
+    """Clips that one rank handles at a time.
+
+    Raises:
+        ValueError: train.global_batch does not divide over ranks and accumulation.
+    """
+    shares = world.world_size() * config.engine.grad_accumulation
+    size, rest = divmod(config.train.global_batch, shares)
+    if rest or not size:
+        raise ValueError(
+            f"train.global_batch={config.train.global_batch} must be a multiple of world size x "
+            f"engine.grad_accumulation = {world.world_size()} x {config.engine.grad_accumulation}"
+        )
+    return size
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed settings of a run, derived from its config."""
+    return {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch_size(config),
+        "gradient_accumulation_steps": config.engine.grad_accumulation,
+        "gradient_clipping": config.optim.clip_norm,
+        "bf16": {"enabled": config.engine.precision == "bf16"},
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+
+
+class Engine:
+    """A system and its optimiser under DeepSpeed."""
+
+    def __init__(self, system: System, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self._engine = _wrap(system, config)
+        _check_engine(self._engine, config)
+
+    @property
+    def system(self) -> System:
+        return self._engine.module
+
+    def describe(self) -> str:
+        """One line of facts taken from the live objects."""
+        implementations = sorted({m.implementation for m in self.system.modules() if hasattr(m, "implementation")})
+        return (
+            f"engine={type(self._engine).__name__} zero_stage={self._engine.zero_optimization_stage()} "
+            f"world_size={dist.get_world_size()} device={next(self.system.parameters()).device.type} "
+            f"precision={'bf16' if self._engine.bfloat16_enabled() else 'fp32'} kernels={'+'.join(implementations)}"
+        )
+
+    def train_step(self, micro_batches: list[Clip], step: int) -> dict[str, float]:
+        """One optimiser step over the rank's micro-batches; returns the loss terms, averaged over all ranks.
+
+        Raises:
+            RuntimeError: the loss is not finite; raised on every rank, before the weights are touched.
+        """
+        # every random draw of a step depends on (seed, step, rank) alone, so that a resumed run repeats it exactly
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + world.rank())
+        self._engine.train()
+        totals: dict[str, Tensor] = {}
+        for clip in micro_batches:
+            terms = self._engine("loss_terms", clip.to(self.device, self.dtype), step)
+            loss = torch.stack(list(terms.values())).sum()
+            for name, value in {"loss": loss, **terms}.items():
+                share = value.detach().double() / len(micro_batches)
+                totals[name] = totals[name] + share if name in totals else share
+            if clip is micro_batches[-1]:
+                means = _rank_mean(totals)
+                _require_finite(means, step)
+            self._engine.backward(loss)
+            self._set_learning_rate(step)
+            self._engine.step()
+        return means
+
+    @torch.no_grad()
+    def predict(self, clip: Clip) -> Prediction:
+        self._engine.eval()
+        return self._engine("predict", clip.to(self.device, self.dtype), None)
+
+    def learning_rate(self, step: int) -> float:
+        return self.config.optim.lr * lr_factor(step, self.config.train.max_steps, self.config.optim)
+
+    def _set_learning_rate(self, step: int) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+
+    def save(self, folder: Path) -> None:
+        """Write the sharded training state (weights, optimiser) below `folder`; collective."""
+        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, at the same world size and ZeRO stage; collective."""
+        self._engine.load_checkpoint(str(folder), tag="state")
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights and buffers of the system, unsharded, on the CPU in float32; collective, in order."""
+        import deepspeed
+
+        for name, value in self.system.state_dict(keep_vars=True).items():
+            with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
+                tensor = value.detach().cpu()
+            yield name, tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _wrap(system: System, config: Config) -> Any:
+    # accelerate drops DeepSpeed when asked for the CPU by name, and sees a world of one when asked for nothing; the
+    # process group is already there, and PartialState(cpu=True) before the Accelerator makes it see the true world
+    os.environ.setdefault("ACCELERATE_USE_DEEPSPEED", "true")
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank()))
+    for name, value in {"RANK": world.rank(), "WORLD_SIZE": world.world_size()}.items():
+        os.environ.setdefault(name, str(value))
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DeepSpeedPlugin
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second engine in one process starts afresh
+    PartialState(cpu=not torch.cuda.is_available())
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False)
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    if accelerator.num_processes != dist.get_world_size():
+        raise RuntimeError(
+            f"accelerate sees {accelerator.num_processes} processes, torch.distributed {dist.get_world_size()}"
+        )
+    engine, _ = accelerator.prepare(system, build_optimizer(system, config.optim))
+    return engine
+
+
+def _check_engine(engine: Any, config: Config) -> None:
+    """Refuse to train on anything else than what was asked for: each of these has gone wrong silently elsewhere."""
+    import deepspeed
+
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise RuntimeError(f"expected a DeepSpeedEngine, got {type(engine).__name__}")
+    if engine.zero_optimization_stage() != config.engine.zero_stage:
+        raise RuntimeError(f"ZeRO stage {config.engine.zero_stage} asked, {engine.zero_optimization_stage()} running")
+    if not dist.get_world_size() == engine.world_size == int(os.environ["WORLD_SIZE"]):
+        raise RuntimeError(
+            f"world sizes differ: torch.distributed {dist.get_world_size()}, deepspeed {engine.world_size}, "
+            f"WORLD_SIZE {os.environ['WORLD_SIZE']}"
+        )
+
+
+def _rank_mean(terms: dict[str, Tensor]) -> dict[str, float]:
+    stacked = torch.stack(list(terms.values()))
+    dist.all_reduce(stacked)
+    return dict(zip(terms, (stacked / dist.get_world_size()).tolist(), strict=True))
+
+
+def _require_finite(terms: dict[str, float], step: int) -> None:
+    bad = {name: value for name, value in terms.items() if not math.isfinite(value)}
+    if bad:
+        raise RuntimeError(f"step {step}: loss is not finite: {bad}; lower optim.lr or set optim.clip_norm")

@@ -1,0 +1,119 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from avs_dist import checkpoint, world
+from avs_dist.config import Config, to_dict
+from avs_dist.engine import Engine, micro_batch_size
+from avs_dist.evaluate import evaluate
+from avs_dist.loader import eval_loader, train_batches
+from avs_dist.shards.index import ShardIndex
+from avs_dist.systems import build_system
+
+
+def train(config: Config) -> Path:
+    """Train to train.max_steps and return the folder of the last checkpoint.
+
+    Raises:
+        ValueError: the settings do not fit together, or train.out_dir holds a run and train.resume is off.
+        RuntimeError: the loss became NaN or infinite (the last checkpoint is whole).
+    """
+    device = world.start()
+    micro_batch_size(config)  # fail before anything expensive is built
+    index = ShardIndex.load(config.data.shards)
+    previous = _previous_run(config)
+    torch.manual_seed(config.seed)
+    engine = Engine(build_system(config), config, device)
+    done = checkpoint.resume(engine, config, previous) if previous else 0
+    if world.is_main():
+        print(engine.describe(), flush=True)
+
+    saved = previous
+    with RunLog(config, first_step=done) as log:
+        for step, micro_batches in enumerate(train_batches(config, index, done), start=done):
+            log.step(step, engine.train_step(micro_batches, step), engine.learning_rate(step))
+            if _due(step + 1, config):
+                metrics = _evaluate(engine, config)
+                log.evaluation(step + 1, metrics)
+                saved = checkpoint.save(engine, config, step=step + 1, image_size=index.image_size, metrics=metrics)
+    if saved is None:
+        raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
+    return saved
+
+
+def _previous_run(config: Config) -> Path | None:
+    previous = checkpoint.last_checkpoint(config.train.out_dir)
+    if previous and not config.train.resume:
+        raise ValueError(
+            f"train.out_dir={config.train.out_dir} already holds {previous.name}: "
+            "continue with --train.resume true, or choose another folder"
+        )
+    return previous
+
+
+def _due(steps_done: int, config: Config) -> bool:
+    every = config.train.eval_every
+    return steps_done == config.train.max_steps or (every > 0 and steps_done % every == 0)
+
+
+def _evaluate(engine: Engine, config: Config) -> dict[str, float]:
+    batches = eval_loader(config, config.data.eval_split, micro_batch_size(config), world.rank(), world.world_size())
+    return evaluate(engine.predict, batches)
+
+
+class RunLog:
+    """Progress bar, TensorBoard and metrics.jsonl; everything on rank 0 only."""
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        self._config = config
+        self._first_step = first_step
+        self._main = world.is_main()
+
+    def __enter__(self) -> RunLog:
+        if self._main:
+            out_dir = Path(self._config.train.out_dir)
+            out_dir.mkdir(parents=True, exist_ok=True)
+            (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(self._config), sort_keys=False))
+            self._records = open(out_dir / "metrics.jsonl", "a")  # noqa: SIM115  closed in __exit__
+            self._board = SummaryWriter(out_dir / "tensorboard", purge_step=self._first_step)
+            self._bar = tqdm(total=self._config.train.max_steps, initial=self._first_step, desc="train", unit="step")
+            self._since = time.monotonic()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._main:
+            self._bar.close()
+            self._board.close()
+            self._records.close()
+
+    def step(self, step: int, terms: dict[str, float], lr: float) -> None:
+        if not self._main:
+            return
+        self._bar.update()
+        self._bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
+        if (step + 1) % self._config.train.log_every == 0:
+            seconds = (time.monotonic() - self._since) / self._config.train.log_every
+            self._write("train", step + 1, {**terms, "lr": lr, "seconds_per_step": seconds})
+            self._since = time.monotonic()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        if self._main:
+            self._bar.write(f"step {step}: " + "  ".join(f"{k}={v:.4f}" for k, v in metrics.items()))
+            self._write("eval", step, metrics)
+            self._since = time.monotonic()
+
+    def _write(self, phase: str, step: int, values: dict[str, Any]) -> None:
+        self._records.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        self._records.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{phase}/{name}", value, step)

@@ -1,0 +1,100 @@
+"""The `avs-dist` command: one dispatcher, one parser class, one place where user errors become one line and exit 2.
+
+avs-dist <command> [options]        avs-dist <command> --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import re
+import sys
+from typing import Any, NoReturn
+
+import jsonargparse
+
+COMMANDS = {
+    "synth": "make a synthetic benchmark of real media files",
+    "shards": "build, verify or describe tar shards",
+    "train": "train a system",
+    "evaluate": "measure a checkpoint, with real, muted or swapped sound",
+    "predict": "paint what sounds on any video file",
+    "bench": "time the hot spots against their references",
+}
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's help, with the line breaks of the descriptions kept."""
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """jsonargparse parser whose errors are one clear line and exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _HelpFormatter)
+        kwargs.setdefault("usage", f"{kwargs.get('prog')} [options]")
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(str(message).split())
+        sys.stderr.write(f"{self.prog}: error: {text}{self._nearest_key(text)}\n")
+        raise SystemExit(2)
+
+    def _nearest_key(self, message: str) -> str:
+        """Hint with the closest known option for the first unknown name in the message."""
+        known = [action.dest for action in self._actions if action.dest not in ("help", "config")]
+        for name in re.findall(r"(?:--|[Kk]ey '|option ')([\w.]+)", message):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                if near:
+                    return f" (nearest known key: {near[0]})"
+        return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        sys.stderr.write(f"avs-dist: error: unknown command '{command}'{hint}; known: {', '.join(COMMANDS)}\n")
+        return 2
+    return run(command, rest)
+
+
+def run(command: str, argv: list[str] | None = None) -> int:
+    """Run one command; what the user can fix is one line on stderr and exit code 2."""
+    module = importlib.import_module(f"avs_dist.launch.{command}")
+    try:
+        return module.main(argv)
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        if not _raised_here(error):
+            raise
+        sys.stderr.write(f"avs-dist {command}: error: {error}\n")
+        return 2
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # subclasses come from torch and are bugs, not user errors
+            raise
+        sys.stderr.write(f"avs-dist {command}: failed: {error}\n")
+        return 1
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether our own code raised it (a message for the user) rather than a library (a bug: show the traceback)."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("avs_dist.")
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    return f"usage: avs-dist <command> [options]\n\n{rows}\n\navs-dist <command> --help explains the options."
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

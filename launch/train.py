@@ -1,0 +1,49 @@
+"""Train a system from tar shards, on one process or many.
+
+    avs-dist train --config configs/demo.yaml --optim.lr 2e-4
+    torchrun --nproc_per_node 8 launch/train.py --config configs/tpavi_ms3.yaml
+    deepspeed --num_accelerators 8 launch/train.py --config configs/tpavi_ms3.yaml --engine.zero_stage 2
+
+Several --config files compose from left to right; any value can be overridden by its dotted name.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from avs_dist import world
+from avs_dist.config import Config
+from avs_dist.launch.cli import Parser, run
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="avs-dist train", description=__doc__)
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """Config from YAML files and dotted overrides; errors are one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [a for a in argv if not a.startswith("--local_rank")]  # the deepspeed launcher adds it; we read LOCAL_RANK
+    parser = build_parser()
+    values = parser.instantiate_classes(parser.parse_args(argv))
+    return Config(**{name: values[name] for name in Config.__dataclass_fields__})
+
+
+def main(argv: list[str] | None = None) -> int:
+    from avs_dist.trainer import train  # after parsing, so that --help and errors come at once
+
+    config = parse_config(argv)
+    try:
+        saved = train(config)
+        if world.is_main():
+            print(f"checkpoint: {saved}", flush=True)
+    finally:
+        world.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("train"))
