@@ -6,6 +6,7 @@ process if need be) and always a DeepSpeedEngine. The DeepSpeed dict is derived 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -138,14 +139,20 @@ def _wrap(system: System, config: Config) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank()))
     for name, value in {"RANK": world.rank(), "WORLD_SIZE": world.world_size()}.items():
         os.environ.setdefault(name, str(value))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
     from accelerate.utils import DeepSpeedPlugin
 
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # an inference-only shared-memory collective that DeepSpeed would compile with g++ at every first start on a CPU
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     AcceleratorState._reset_state(reset_partial_state=True)  # a second engine in one process starts afresh
     PartialState(cpu=not torch.cuda.is_available())
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False)
-    accelerator = Accelerator(deepspeed_plugin=plugin)
+    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=config.engine.grad_accumulation)
     if accelerator.num_processes != dist.get_world_size():
         raise RuntimeError(
             f"accelerate sees {accelerator.num_processes} processes, torch.distributed {dist.get_world_size()}"

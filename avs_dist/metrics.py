@@ -1,6 +1,6 @@
-"""Segmentation metrics of S4 and MS3: mean frame IoU and the F-score in its two forms, exact for any batch and world size.
+"""Segmentation metrics of S4 and MS3: mean frame IoU and F-score, exact for any batch and world size.
 
-The definitions are those of the published benchmark code (AVSBench, utility.py), which all four papers report:
+The definitions are those of the published benchmark code (AVSBench, utility.py), shared by the systems we compare with:
 
 - IoU: prediction = sigmoid(logit) > 0.5. A frame with an empty truth scores the fraction of its pixels predicted empty.
 - F: beta^2 = 0.3 at 255 thresholds, on frames with a non-empty truth. The published number takes the best threshold of
@@ -22,15 +22,15 @@ from avs_dist import world
 NUM_THRESHOLDS = 255
 BETA_SQUARED = 0.3
 
-# Scores lie in [0, 1] and are summed as integers of this many units: integer sums do not depend on their order, so the
-# result is the same to the last bit for every split into updates and ranks (error per frame 5e-13, room for 8e6 frames).
+# Scores lie in [0, 1] and are summed as integers of this many units. Integer sums do not depend on their order, so the
+# result is the same to the last bit for every split into updates and ranks. Error per frame 5e-13, room for 8e6 frames.
 _UNITS = 2**40
 
 DEFINITIONS = {
-    "miou": "mean over frames of IoU at probability > 0.5; a frame that should be empty scores its share of empty pixels",
-    "miou_sounding": "the same over the frames where something sounds (non-empty truth)",
-    "miou_silent": "the same over the silent frames (empty truth): 1 means that the mask is switched off completely",
-    "f_score": "F (beta^2 = 0.3): mean curve over all sounding frames, at the best of 255 thresholds for the data set",
+    "miou": "mean IoU of the frames at probability > 0.5; a silent frame scores its share of empty pixels",
+    "miou_sounding": "the same over the frames where something sounds (the true mask is not empty)",
+    "miou_silent": "the same over the silent frames; 1 = the mask is switched off completely",
+    "f_score": "F (beta^2 = 0.3) of the sounding frames at the one threshold, of 255, that is best for the whole set",
     "f_score_batched": "F as published: the best threshold of each batch of clips, then the mean over batches",
 }
 
@@ -101,7 +101,8 @@ class SegmentationMetrics:
         Raises:
             ValueError: as `frame_iou`; positions of the wrong length; updates with and without positions mixed.
         """
-        positions = self._positions(logits_FHW.shape[0] if logits_FHW.ndim else 0, positions_F)
+        _check_shapes(logits_FHW, masks_FHW)
+        positions = self._positions(len(logits_FHW), positions_F)
         if bool((positions < 0).any()):
             kept = positions >= 0
             index = kept.nonzero().squeeze(1)
@@ -140,7 +141,7 @@ class SegmentationMetrics:
         if not batches:
             raise ValueError("no frames were counted: the evaluation data has no labelled frames")
 
-        rows = torch.stack(list(batches.values()))
+        rows = torch.stack([batches[key] for key in sorted(batches)])
         totals = rows.sum(0, keepdim=True)
         (silent_sum, silent), (sounding_sum, sounding) = iou.tolist()
         results = {
@@ -171,20 +172,25 @@ class SegmentationMetrics:
         return positions
 
 
-def _checked(logits_FHW: Tensor, masks_FHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities (float32, or float64 of float64 logits) and the truth as bool, both on the device of the logits."""
+def _check_shapes(logits_FHW: Tensor, masks_FHW: Tensor) -> None:
     if logits_FHW.ndim != 3 or logits_FHW.shape != masks_FHW.shape:
         raise ValueError(
             f"logits and masks must both be [F,H,W], got {tuple(logits_FHW.shape)} and {tuple(masks_FHW.shape)}"
         )
+
+
+def _checked(logits_FHW: Tensor, masks_FHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities (float32, or float64 of float64 logits) and the truth as bool, both on the device of the logits."""
+    _check_shapes(logits_FHW, masks_FHW)
     if not logits_FHW.is_floating_point():
         raise ValueError(f"logits must be floating point (before the sigmoid), got {logits_FHW.dtype}")
     bad_F = logits_FHW.isnan().flatten(1).any(1)
     if bool(bad_F.any()):
         frames = bad_F.nonzero().flatten().tolist()
         raise ValueError(f"logits are NaN in {len(frames)} of {len(bad_F)} frames (first: frame {frames[0]})")
-    truth_FHW = masks_FHW.to(logits_FHW.device) != 0
-    if bool((masks_FHW.to(logits_FHW.device) != truth_FHW).any()):
+    masks_FHW = masks_FHW.to(logits_FHW.device)
+    truth_FHW = masks_FHW != 0
+    if bool((masks_FHW != truth_FHW).any()):
         raise ValueError("masks must hold only 0 and 1; binarise them first (masks > 0)")
     # half precision has too few values between the thresholds
     dtype = torch.promote_types(logits_FHW.dtype, torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -84,7 +84,7 @@ class RunLog:
             out_dir = Path(self._config.train.out_dir)
             out_dir.mkdir(parents=True, exist_ok=True)
             (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(self._config), sort_keys=False))
-            self._records = open(out_dir / "metrics.jsonl", "a")  # noqa: SIM115  closed in __exit__
+            self._records = _open_records(out_dir / "metrics.jsonl", self._first_step)
             self._board = SummaryWriter(out_dir / "tensorboard", purge_step=self._first_step)
             self._bar = tqdm(total=self._config.train.max_steps, initial=self._first_step, desc="train", unit="step")
             self._since = time.monotonic()
@@ -117,3 +117,11 @@ class RunLog:
         self._records.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{phase}/{name}", value, step)
+
+
+def _open_records(path: Path, first_step: int) -> TextIO:
+    """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, since it is redone."""
+    old = path.read_text().splitlines() if path.is_file() else []
+    kept = [line for line in old if json.loads(line)["step"] <= first_step]
+    path.write_text("".join(f"{line}\n" for line in kept))
+    return open(path, "a")

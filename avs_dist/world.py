@@ -21,7 +21,8 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
     else:
         # ranks on one host would otherwise each take all cores
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+        threads = max(1, len(os.sched_getaffinity(0)) // local_world_size())
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
     if not is_distributed():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:

@@ -1,13 +1,25 @@
-"""What one clip is inside a shard: the Sample record and the names of its tar members."""
+"""What one clip is inside a shard: the Sample record and the facts that writer and reader share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote, unquote
 
 import numpy as np
 
 SCHEMA_VERSION = 1
+INDEX_FILE = "index.json"
+
+MEL_FRAMES = 96
+MEL_BANDS = 64
+LOG_OFFSET = 0.01
+SILENT_LOG_MEL = float(np.log(LOG_OFFSET))
+
+# Limits against decompression bombs; real clips stay far below.
+MAX_MEMBER_BYTES = 64 * 2**20
+MAX_CLIP_BYTES = 512 * 2**20
+MAX_PIXELS = 8192 * 8192
 
 
 @dataclass(frozen=True)
@@ -27,3 +39,13 @@ class Sample:
     masks_THW: np.ndarray
     labelled_T: np.ndarray
     meta: dict[str, Any] = field(default_factory=dict)
+
+
+def key_of(name: str) -> str:
+    """Tar key of a clip name: percent-encoded, dots too, since a key ends at the first dot of a member's name."""
+    return quote(name, safe="").replace(".", "%2E")
+
+
+def name_of(key: str) -> str:
+    """Inverse of `key_of`."""
+    return unquote(key)

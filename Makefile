@@ -1,0 +1,32 @@
+# make demo   set up .venv, train on a synthetic benchmark, paint a real film: everything lands in runs/demo/
+# make test   set up .venv, run the tests
+# make lint   ruff and mypy
+# make bench  time TPAVI against the published formula
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint bench
+
+demo: $(INSTALLED)
+	rm -rf runs/demo
+	$(BIN)/python launch/demo.py --out runs/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python launch/bench.py tpavi
+
+# rebuilt whenever the requirements change; the stamp is written last, so a broken install is not taken for a whole one
+$(INSTALLED): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt wheel torch torchvision torchaudio numpy
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[demo,dev]"
+	touch $(INSTALLED)

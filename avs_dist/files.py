@@ -1,0 +1,21 @@
+"""Writing files so that a half-written one is never seen under its final name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text aside, flush it to disk, then rename it to `path`; folders are made as needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

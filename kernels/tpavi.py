@@ -1,0 +1,229 @@
+"""TPAVI in rank-T form: the published N x N block, exactly, with a few passes over the visual tokens.
+
+The audio key is the same for all positions of a frame and there is no softmax, so the N x N score matrix has rank T:
+
+    u_t  = W_theta^T phi_t                   c_t = b_theta . phi_t            phi_t = W_phi a_t + b_phi
+    q_it = R[t(i), t] (x_i . u_t + c_t)      mixed scores [N, T]
+    v_t  = W_z (W_g mean_P(x_t) + b_g)       W_z y_i + b_z = sum_t q_it v_t + b_z
+    out  = LayerNorm(BatchNorm(.) + x)
+
+The moments that the batch normalisation needs are those of q (T x T), so BatchNorm costs no pass over the tokens and
+synchronising it over ranks costs one collective of 2C + 1 numbers. Forward reads x twice and writes out once;
+backward recomputes the sum before LayerNorm instead of storing it. Stored for backward beyond x: q, two numbers a
+token, and O(B T^2 C). Shape letters as in reference.py, and F = B*T frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from avs_dist.kernels.moments import Moments, Reduce, merge_groups, merge_ranks
+from avs_dist.kernels.reference import EPS, Running, TPAVIWeights, batch_norm, mixing_matrix
+
+CPU_CHUNK = 1 << 19  # elements worked on at a time, so that the temporaries stay in the cache
+
+
+def tpavi(
+    x_BTPC: Tensor,
+    audio_BTC: Tensor,
+    weights: TPAVIWeights,
+    alignment: Tensor | None = None,
+    valid_BT: Tensor | None = None,
+    running: Running | None = None,
+    reduce_moments: Reduce | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """Audio-visual TPAVI; same result, arguments and returns as `reference.tpavi` with the audio repeated as key.
+
+    bfloat16 and float16 tokens are computed with in float32 and returned in their own type.
+    """
+    batch, frames, positions, channels = x_BTPC.shape
+    dtype = _accumulation_type(x_BTPC)
+    w = TPAVIWeights(*(value.to(dtype) for value in weights))
+    audio_BTC = audio_BTC.to(dtype)
+    mixing_BTT = mixing_matrix(audio_BTC, alignment, valid_BT)
+
+    phi_BTK = F.linear(audio_BTC, w.phi_KC, w.phi_bias_K)
+    u_BTTC = mixing_BTT[..., None] * (phi_BTK @ w.theta_KC)[:, None]
+    c_BTT = mixing_BTT * (phi_BTK @ w.theta_bias_K)[:, None]
+    x_FPC, scores_FPT, mean_FC = _read(x_BTPC.reshape(-1, positions, channels), u_BTTC.flatten(0, 1))
+    q_FPT = scores_FPT + c_BTT.flatten(0, 1)[:, None]
+
+    v_BTC = F.linear(F.linear(mean_FC.view(batch, frames, channels), w.g_KC, w.g_bias_K), w.out_CK)
+    moments = None
+    if running is None:
+        moments = merge_ranks(_batch_moments(q_FPT, v_BTC, w.out_bias_C, valid_BT), reduce_moments)
+    mean_C, var_C = (moments.mean_C, moments.var_C) if moments is not None else (s.to(dtype) for s in running or ())
+    scale_C = w.bn_weight_C * torch.rsqrt(var_C + EPS)
+    shift_C = w.bn_bias_C + (w.out_bias_C - mean_C) * scale_C
+
+    v_FTC = (v_BTC * scale_C)[:, None].expand(batch, frames, frames, channels).flatten(0, 1)
+    out_FPC = _write(x_FPC, q_FPT, v_FTC, shift_C, w.ln_weight_C, w.ln_bias_C)
+    return _masked(out_FPC.view(x_BTPC.shape), valid_BT), moments
+
+
+def tpavi_visual(
+    x_BTPC: Tensor,
+    weights: TPAVIWeights,
+    alignment: Tensor | None = None,
+    valid_BT: Tensor | None = None,
+    running: Running | None = None,
+    reduce_moments: Reduce | None = None,
+) -> tuple[Tensor, Moments | None]:
+    """Visual-visual TPAVI (the key is x itself): linear attention, O(N K^2); equals `reference.tpavi(x, x, ...)`."""
+    dtype = _accumulation_type(x_BTPC)
+    w = TPAVIWeights(*(value.to(dtype) for value in weights))
+    x = x_BTPC.to(dtype)
+    mixing_BTT = mixing_matrix(x, alignment, valid_BT)
+    y_BTPK = linear_attention(
+        F.linear(x, w.theta_KC, w.theta_bias_K),
+        F.linear(x, w.phi_KC, w.phi_bias_K),
+        F.linear(x, w.g_KC, w.g_bias_K),
+        mixing_BTT,
+    )
+    z_BNC = F.linear(y_BTPK, w.out_CK, w.out_bias_C).flatten(1, 2)
+    running = running and Running(running.mean_C.to(dtype), running.var_C.to(dtype))
+    z_BNC, moments = batch_norm(z_BNC, w, valid_BT, running, reduce_moments)
+    out = F.layer_norm(z_BNC.view(x.shape) + x, [x.shape[-1]], w.ln_weight_C, w.ln_bias_C, EPS)
+    return _masked(out.to(x_BTPC.dtype), valid_BT), moments
+
+
+def linear_attention(query_BTPK: Tensor, key_BTPK: Tensor, value_BTPK: Tensor, mixing_BTT: Tensor) -> Tensor:
+    """y_i = sum_j (R[t(i), t(j)] / P) (query_i . key_j) value_j, by associativity: [B,T,P,K] without an N x N matrix."""
+    state_BTKK = key_BTPK.transpose(2, 3) @ value_BTPK / key_BTPK.shape[2]
+    mixed_BTKK = (mixing_BTT @ state_BTKK.flatten(2)).view(state_BTKK.shape)
+    return query_BTPK @ mixed_BTKK
+
+
+def _accumulation_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _masked(out_BTPC: Tensor, valid_BT: Tensor | None) -> Tensor:
+    return out_BTPC if valid_BT is None else out_BTPC * valid_BT[:, :, None, None].to(out_BTPC.dtype)
+
+
+def _batch_moments(q_FPT: Tensor, v_BTC: Tensor, out_bias_C: Tensor, valid_BT: Tensor | None) -> Moments:
+    """Moments of z_i = sum_t q_it v_t + b_z over the tokens of existing frames, from the centred moments of q."""
+    batch, frames, _ = v_BTC.shape
+    q_BNT = q_FPT.view(batch, -1, frames)
+    tokens = q_BNT.shape[1]
+    if valid_BT is None:
+        count_B = q_BNT.new_full((batch,), float(tokens))
+    else:
+        count_B = valid_BT.sum(1).to(q_BNT.dtype) * (tokens // frames)
+    scale_B11 = (1.0 / count_B.clamp_min(1.0))[:, None, None]
+    mean_B1T = q_BNT.sum(1, keepdim=True) * scale_B11  # q is zero in frames that do not exist
+    centred_BNT = q_BNT - mean_B1T
+    if valid_BT is not None:
+        centred_BNT = centred_BNT * valid_BT.repeat_interleave(tokens // frames, 1)[..., None].to(q_BNT.dtype)
+    covariance_BTT = centred_BNT.transpose(1, 2) @ centred_BNT * scale_B11
+    mean_BC = (mean_B1T @ v_BTC)[:, 0] + out_bias_C
+    var_BC = ((covariance_BTT @ v_BTC) * v_BTC).sum(1).clamp_min(0.0)
+    return merge_groups(count_B, mean_BC, var_BC)
+
+
+def _read(x_FPC: Tensor, u_FTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First pass over x: x itself, the scores x u^T [F,P,T] and the frame means [F,C]."""
+    if torch.compiler.is_compiling():  # leave the fusion to the compiler
+        x = x_FPC.to(u_FTC.dtype)
+        return x_FPC, x @ u_FTC.transpose(1, 2), x.mean(1)
+    return _Read.apply(x_FPC, u_FTC)
+
+
+def _write(x_FPC: Tensor, q_FPT: Tensor, v_FTC: Tensor, shift_C: Tensor, weight_C: Tensor, bias_C: Tensor) -> Tensor:
+    """Second pass over x: LayerNorm(x + q v + shift), in the type of x."""
+    if torch.compiler.is_compiling():
+        h_FPC = x_FPC.to(v_FTC.dtype) + q_FPT @ v_FTC + shift_C
+        return F.layer_norm(h_FPC, [h_FPC.shape[-1]], weight_C, bias_C, EPS).to(x_FPC.dtype)
+    # the shift rides along as one more column of the scores
+    q_FPS = F.pad(q_FPT, (0, 1), value=1.0)
+    v_FSC = torch.cat([v_FTC, shift_C.expand(len(v_FTC), 1, -1)], 1)
+    return _Write.apply(x_FPC, q_FPS, v_FSC, weight_C, bias_C)
+
+
+def _chunks(x_FPC: Tensor) -> Iterator[slice]:
+    """Groups of frames to work on at a time: cache-sized on a CPU, everything on an accelerator."""
+    frames, positions, channels = x_FPC.shape
+    size = max(1, CPU_CHUNK // (positions * channels)) if x_FPC.device.type == "cpu" else frames
+    return (slice(start, start + size) for start in range(0, frames, size))
+
+
+class _Read(torch.autograd.Function):
+    """Hands x on, so that its backward receives the gradient of the second pass and adds to it in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x_FPC: Tensor, u_FTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x_FPC, u_FTC)
+        frames, positions, channels = x_FPC.shape
+        scores_FPT = u_FTC.new_empty(frames, positions, u_FTC.shape[1])
+        mean_FC = u_FTC.new_empty(frames, channels)
+        for part in _chunks(x_FPC):
+            x = x_FPC[part].to(u_FTC.dtype)
+            torch.bmm(x, u_FTC[part].transpose(1, 2), out=scores_FPT[part])
+            torch.mean(x, 1, out=mean_FC[part])
+        return x_FPC.view_as(x_FPC), scores_FPT, mean_FC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x_FPC: Tensor, grad_scores_FPT: Tensor, grad_mean_FC: Tensor) -> tuple[Any, ...]:
+        x_FPC, u_FTC = ctx.saved_tensors
+        grad_u_FTC = torch.empty_like(u_FTC)
+        # the gradient of the mean rides along as one more column
+        left_FPS = F.pad(grad_scores_FPT, (0, 1), value=1.0 / x_FPC.shape[1])
+        right_FSC = torch.cat([u_FTC, grad_mean_FC[:, None]], 1)
+        for part in _chunks(x_FPC):
+            torch.bmm(grad_scores_FPT[part].transpose(1, 2), x_FPC[part].to(u_FTC.dtype), out=grad_u_FTC[part])
+            if grad_x_FPC.dtype == u_FTC.dtype:
+                grad_x_FPC[part].baddbmm_(left_FPS[part], right_FSC[part])
+            else:
+                total = torch.baddbmm(grad_x_FPC[part].to(u_FTC.dtype), left_FPS[part], right_FSC[part])
+                grad_x_FPC[part] = total.to(grad_x_FPC.dtype)
+        return grad_x_FPC, grad_u_FTC
+
+
+class _Write(torch.autograd.Function):
+    """LayerNorm(x + q v); backward recomputes the sum instead of storing it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_FPC: Tensor, q_FPS: Tensor, v_FSC: Tensor, weight_C: Tensor, bias_C: Tensor) -> Tensor:
+        out_FPC = torch.empty_like(x_FPC)
+        mean_FP1 = q_FPS.new_empty(*x_FPC.shape[:2], 1)
+        rstd_FP1 = torch.empty_like(mean_FP1)
+        for part in _chunks(x_FPC):
+            h = torch.baddbmm(x_FPC[part].to(v_FSC.dtype), q_FPS[part], v_FSC[part])
+            out, mean_FP1[part], rstd_FP1[part] = torch.native_layer_norm(h, h.shape[-1:], weight_C, bias_C, EPS)
+            out_FPC[part] = out
+        ctx.save_for_backward(x_FPC, q_FPS, v_FSC, weight_C, bias_C, mean_FP1, rstd_FP1)
+        return out_FPC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out_FPC: Tensor) -> tuple[Any, ...]:
+        x_FPC, q_FPS, v_FSC, weight_C, bias_C, mean_FP1, rstd_FP1 = ctx.saved_tensors
+        grad_x_FPC = torch.empty_like(x_FPC)
+        grad_q_FPS, grad_v_FSC = torch.empty_like(q_FPS), torch.empty_like(v_FSC)
+        grad_weight_C, grad_bias_C = torch.zeros_like(weight_C), torch.zeros_like(bias_C)
+        for part in _chunks(x_FPC):
+            h = torch.baddbmm(x_FPC[part].to(v_FSC.dtype), q_FPS[part], v_FSC[part])
+            grad_h, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+                grad_out_FPC[part].to(h.dtype).contiguous(),
+                h,
+                h.shape[-1:],
+                mean_FP1[part],
+                rstd_FP1[part],
+                weight_C,
+                bias_C,
+                [True, True, True],
+            )
+            grad_weight_C += grad_weight
+            grad_bias_C += grad_bias
+            torch.bmm(grad_h, v_FSC[part].transpose(1, 2), out=grad_q_FPS[part])
+            torch.bmm(q_FPS[part].transpose(1, 2), grad_h, out=grad_v_FSC[part])
+            grad_x_FPC[part] = grad_h
+        return grad_x_FPC, grad_q_FPS, grad_v_FSC, grad_weight_C, grad_bias_C

@@ -1,0 +1,86 @@
+"""Measure a checkpoint on one split of the shards; the sound can be muted or swapped, to see what it contributes.
+
+    avs-dist evaluate --checkpoint runs/demo --split test --audio all --json runs/demo/evaluate.json
+    torchrun --nproc_per_node 8 launch/evaluate.py --checkpoint runs/ms3
+
+--audio: "real" is each clip's own sound, "muted" is digital silence, "swapped" is the sound of another clip of the
+split. A model that listens falls with swapped sound; one that only looks stays where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from avs_dist import world
+from avs_dist.launch.cli import Parser, run
+
+AUDIO_SOURCES: tuple[Literal["real", "muted", "swapped"], ...] = ("real", "muted", "swapped")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="avs-dist evaluate", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", type=str, required=True, help="checkpoint folder, or a run folder: its best checkpoint"
+    )
+    parser.add_argument("--shards", type=str | None, default=None, help="shard folder (default: that of the training)")
+    parser.add_argument("--split", type=str, default="test", help="split of the shards")
+    parser.add_argument(
+        "--audio",
+        type=Literal["real", "muted", "swapped", "all"],
+        default="real",
+        help="sound that the model gets to hear",
+    )
+    parser.add_argument("--batch", type=int, default=4, help="clips at a time on each rank; does not change the result")
+    parser.add_argument("--json", type=str | None, default=None, help="also write the results to this file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    argv = [a for a in argv if not a.startswith("--local_rank")]  # the deepspeed launcher adds it; we read LOCAL_RANK
+    args = build_parser().parse_args(argv)
+    if args.batch < 1:
+        raise ValueError(f"--batch {args.batch}: must be at least 1")
+    try:
+        _evaluate(args)
+    finally:
+        world.stop()
+    return 0
+
+
+def _evaluate(args: Any) -> None:
+    # after parsing, so that --help and errors come at once
+    from avs_dist.checkpoint import find_checkpoint, load_system
+    from avs_dist.evaluate import evaluate, results_table
+    from avs_dist.files import write_text
+    from avs_dist.loader import eval_loader
+    from avs_dist.metrics import DEFINITIONS
+
+    device = world.start()
+    system, config = load_system(args.checkpoint, device)
+    if args.shards is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=args.shards))
+    results = {}
+    for audio in AUDIO_SOURCES if args.audio == "all" else (args.audio,):
+        batches = eval_loader(config, args.split, args.batch, world.rank(), world.world_size(), audio=audio)
+        results[audio] = evaluate(lambda clip: system.predict(clip.to(device)), batches, label=audio)
+    if not world.is_main():
+        return
+    facts = {
+        "checkpoint": str(find_checkpoint(args.checkpoint)),
+        "shards": str(Path(config.data.shards)),
+        "split": args.split,
+    }
+    print("  ".join(f"{name} {value}" for name, value in facts.items()), end="\n\n")
+    print(results_table(results))
+    if args.json is not None:
+        write_text(args.json, json.dumps({**facts, "results": results, "definitions": DEFINITIONS}, indent=1) + "\n")
+        print(f"\nwritten to {args.json}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("evaluate"))

@@ -1,0 +1,157 @@
+"""index.json: what a folder of shards holds, and where each clip lies in its tar file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from avs_dist.shards.schema import INDEX_FILE, MAX_CLIP_BYTES, SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class ClipEntry:
+    """One clip: `length` bytes at `offset` of its shard, with their CRC-32, and what `shards info` counts."""
+
+    key: str
+    name: str
+    offset: int
+    length: int
+    crc32: int
+    seconds: int
+    labelled: int
+    sound: str
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar file."""
+
+    name: str
+    split: str
+    sha256: str
+    bytes: int
+    clips: tuple[ClipEntry, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "count": len(self.clips)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ShardEntry:
+        """Checked against names and sizes that a reader must never follow (the file may come from elsewhere)."""
+        name = data["name"]
+        if not name.endswith(".tar") or Path(name).name != name:
+            raise ValueError(f"shard name {name!r} is not a plain file name ending in .tar")
+        clips = tuple(ClipEntry(**clip) for clip in data["clips"])
+        if data["count"] != len(clips):
+            raise ValueError(f"shard {name}: count is {data['count']}, but {len(clips)} clips are listed")
+        for clip in clips:
+            if clip.offset < 0 or not 0 < clip.length <= MAX_CLIP_BYTES or clip.offset + clip.length > data["bytes"]:
+                raise ValueError(f"shard {name}: clip {clip.key} lies outside the file or is too large")
+        return ShardEntry(name, data["split"], data["sha256"], data["bytes"], clips)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """A finished folder of shards.
+
+    settings: how it was built (source, image size, frame format, clip length ...).
+    skipped:  clips that could not be used: name, split, path, reason.
+    """
+
+    directory: Path
+    settings: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
+    skipped: tuple[dict[str, str], ...]
+
+    @staticmethod
+    def load(directory: str | Path) -> ShardIndex:
+        """Read index.json.
+
+        Raises:
+            FileNotFoundError: If there is none (the build did not finish, or the folder is another one).
+            ValueError: If it is damaged or of another schema version.
+        """
+        path = Path(directory) / INDEX_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no {INDEX_FILE} in {directory}: not a folder of finished shards; "
+                "run `avs-dist shards build --out` on it (again)"
+            )
+        try:
+            data = json.loads(path.read_bytes())
+            version = data["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise ValueError(
+                    f"schema version {version}, this program reads version {SCHEMA_VERSION}: build the shards again"
+                )
+            shards = tuple(ShardEntry.from_dict(shard) for shard in data["shards"])
+            return ShardIndex(path.parent, data["settings"], shards, tuple(data["skipped"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(shard.split for shard in self.shards))
+
+    def split(self, name: str) -> tuple[ShardEntry, ...]:
+        """Shards of one split, in order.
+
+        Raises:
+            ValueError: If there is no such split.
+        """
+        shards = tuple(shard for shard in self.shards if shard.split == name)
+        if not shards:
+            raise ValueError(f"{self.directory} has no split '{name}'; it has: {', '.join(self.splits) or 'none'}")
+        return shards
+
+    def save(self) -> None:
+        """Write index.json atomically; it is the last thing a build does."""
+        counts: dict[str, dict[str, int]] = {}
+        for shard in self.shards:
+            split = counts.setdefault(shard.split, {"shards": 0, "clips": 0, "seconds": 0, "labelled": 0})
+            split["shards"] += 1
+            split["clips"] += len(shard.clips)
+            split["seconds"] += sum(clip.seconds for clip in shard.clips)
+            split["labelled"] += sum(clip.labelled for clip in shard.clips)
+        write_json(
+            self.directory / INDEX_FILE,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "settings": self.settings,
+                "splits": counts,
+                "shards": [shard.to_dict() for shard in self.shards],
+                "skipped": list(self.skipped),
+            },
+        )
+
+
+def write_json(path: Path, data: Any) -> None:
+    """JSON under its final name only when it is whole and on disk."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,127 @@
+"""Checkpoints: resume repeats the run bit for bit, kills and damage are survived or named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from avs_dist import checkpoint, world
+from avs_dist.config import Config
+from avs_dist.launch.train import parse_config
+from avs_dist.trainer import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group() -> Iterator[None]:
+    world.start()
+    yield
+    world.stop()
+
+
+@pytest.fixture()
+def config(ms3_shards: Path, tmp_path: Path) -> Config:
+    return parse_config(
+        ["--config", str(ROOT / "configs/demo.yaml"), "--data.shards", str(ms3_shards), "--data.workers", "0",
+         "--optim.schedule", "constant", "--train.out_dir", str(tmp_path / "run"), "--train.max_steps", "4",
+         "--train.eval_every", "2", "--train.log_every", "1"]
+    )  # fmt: skip
+
+
+def _with_train(config: Config, **changes: object) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
+
+
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config: Config, tmp_path: Path) -> None:
+    whole = load_file(train(config) / "model.safetensors")
+    halves = _with_train(config, out_dir=str(tmp_path / "halves"))
+    train(_with_train(halves, max_steps=2))
+    resumed = train(_with_train(halves, resume=True))
+    again = load_file(resumed / "model.safetensors")
+    assert whole.keys() == again.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name]), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "halves/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_used_folder_is_refused_without_resume(config: Config) -> None:
+    train(_with_train(config, max_steps=1))
+    with pytest.raises(ValueError, match="already holds step-000001"):
+        train(config)
+
+
+def test_other_settings_or_damage_are_refused_at_resume(config: Config) -> None:
+    folder = train(_with_train(config, max_steps=2))
+    other = dataclasses.replace(config, seed=99)
+    with pytest.raises(ValueError, match="config_hash"):
+        train(_with_train(other, resume=True))
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        train(_with_train(config, resume=True))
+
+
+def test_pointers_and_loading(config: Config) -> None:
+    folder = train(config)
+    root = folder.parent
+    assert json.loads((root / "last.json").read_text())["step"] == 4
+    assert json.loads((root / "best.json").read_text())["miou"] >= json.loads((root / "last.json").read_text())["miou"]
+    assert len(list(root.glob("step-*"))) <= 2
+    system, loaded = checkpoint.load_system(root.parent)
+    assert loaded == config
+    assert not system.training
+    assert checkpoint.image_size(root.parent) == 64
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.find_checkpoint(root.parent / "tensorboard")
+
+
+@pytest.mark.slow
+def test_killed_while_saving_leaves_a_resumable_run(config: Config) -> None:
+    """SIGKILL at moments spread over the save; each time the run goes on from a whole checkpoint."""
+    root = Path(config.train.out_dir) / "checkpoints"
+    command = [
+        sys.executable, "launch/train.py", "--config", str(ROOT / "configs/demo.yaml"), "--data.shards",
+        config.data.shards, "--data.workers", "0", "--train.out_dir", config.train.out_dir, "--train.eval_every", "1",
+        "--train.max_steps", "1000", "--train.resume", "true", "--optim.schedule", "constant",
+    ]  # fmt: skip
+    done = 0
+    for delay in (0.0, 0.02, 0.05):
+        run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        _wait_for(lambda first=done: _staged(root) > first, run)
+        time.sleep(delay)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        last = checkpoint.last_checkpoint(config.train.out_dir)
+        if last is not None:
+            step = int(last.name.removeprefix("step-"))
+            assert step >= done
+            done = step
+            checkpoint._verified_manifest(last)
+
+
+def _staged(root: Path) -> int:
+    """Step of the newest checkpoint that is being written."""
+    return max((int(p.name.split("-")[1].split(".")[0]) for p in root.glob(".step-*")), default=0)
+
+
+def _wait_for(condition: object, run: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]  # a lambda
+        assert run.poll() is None, run.stderr.read() if run.stderr else ""
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.005)

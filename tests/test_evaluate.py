@@ -1,0 +1,121 @@
+"""Evaluation over clips: which frames count, and independence of the batches and the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from avs_dist.clip import Clip, collate
+from avs_dist.evaluate import evaluate, results_table
+from avs_dist.metrics import SegmentationMetrics
+from avs_dist.shards.schema import Sample
+from avs_dist.systems.base import Prediction
+
+
+def make_samples(num_clips: int = 11) -> list[Sample]:
+    """Clips of 3 to 5 seconds with silent seconds; every fourth is labelled in its first frame only."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for i in range(num_clips):
+        seconds = 3 + i % 3
+        masks = (rng.random((seconds, 16, 16)) < 0.3).astype(np.uint8)
+        masks[rng.random(seconds) < 0.3] = 0
+        labelled = np.arange(seconds) < (1 if i % 4 == 3 else seconds)
+        samples.append(
+            Sample(
+                name=f"clip{i}",
+                frames_THWC=rng.integers(0, 256, (seconds, 16, 16, 3), dtype=np.uint8),
+                mel_TFM=np.zeros((seconds, 96, 64), np.float32),
+                masks_THW=masks * labelled[:, None, None].astype(np.uint8),
+                labelled_T=labelled,
+            )
+        )
+    return samples
+
+
+def predict(clip: Clip) -> Prediction:
+    """A system that knows nothing of the masks: brightness of the red channel."""
+    assert not torch.is_grad_enabled()
+    return Prediction(clip.frames_BTCHW[:, :, 0] * 2)
+
+
+def batches_of(
+    samples: list[Sample], batch_size: int, rank: int = 0, size: int = 1
+) -> Iterator[tuple[Clip, list[int]]]:
+    """The loader's contract: strided over ranks, equally many batches on each, clip 0 with position -1 as padding."""
+    rounds = -(-len(samples) // (batch_size * size))
+    mine = list(range(rank, rounds * batch_size * size, size))
+    for start in range(0, len(mine), batch_size):
+        positions = [p if p < len(samples) else -1 for p in mine[start : start + batch_size]]
+        yield collate([samples[max(p, 0)] for p in positions]), positions
+
+
+def test_counts_labelled_existing_frames_once():
+    samples = make_samples()
+    expected = SegmentationMetrics()
+    for position, sample in enumerate(samples):
+        clip = collate([sample])
+        kept = torch.from_numpy(sample.labelled_T)
+        with torch.no_grad():
+            logits = predict(clip).logits_BTHW[0][kept]
+        expected.update(logits, clip.masks_BTHW[0][kept], [position] * int(kept.sum()))
+    results = evaluate(predict, batches_of(samples, 4))
+    assert results == expected.compute()
+    assert results["frames"] == sum(int(s.labelled_T.sum()) for s in samples)
+    assert results["batch_size"] == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 11, 20])
+def test_batch_size_does_not_change_a_bit(batch_size):
+    samples = make_samples()
+    assert evaluate(predict, batches_of(samples, batch_size)) == evaluate(predict, batches_of(samples, 4))
+
+
+def test_published_batch_size_is_a_choice_of_the_metric():
+    samples = make_samples()
+    one = evaluate(predict, batches_of(samples, 4), batch_size_compat=1)
+    four = evaluate(predict, batches_of(samples, 4))
+    assert one["f_score"] == four["f_score"]
+    assert one["f_score_batched"] != four["f_score_batched"]
+
+
+def _rank_main(rank: int, size: int, store: str, out: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    results = evaluate(predict, batches_of(make_samples(), 2, rank, size))
+    torch.save(results, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_world_size_does_not_change_a_bit(size, tmp_path: Path):
+    expected = evaluate(predict, batches_of(make_samples(), 4))
+    mp.spawn(_rank_main, (size, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=size)
+    for rank in range(size):
+        assert torch.load(tmp_path / f"out.{rank}", weights_only=True) == expected
+
+
+def test_unlabelled_data_is_an_error():
+    sample = make_samples(1)[0]
+    unlabelled = Sample("x", sample.frames_THWC, sample.mel_TFM, sample.masks_THW * 0, sample.labelled_T & False)
+    with pytest.raises(ValueError, match="no labelled frames"):
+        evaluate(predict, batches_of([unlabelled], 1))
+
+
+def test_table_names_each_number():
+    row = evaluate(predict, batches_of(make_samples(), 4))
+    text = results_table({"real": row, "swapped": {**row, "miou": row["miou"] - 0.25}})
+    lines = text.splitlines()
+    assert lines[0].split() == ["sound", "mIoU", "sounding", "silent", "F", "F", "batched"]
+    assert lines[1].split()[:2] == ["real", f"{row['miou']:.4f}"]
+    assert "real - swapped: +0.2500 mIoU" in text
+    assert f"{row['frames']} frames" in text
+    assert "best threshold of each batch" in text
+    assert text.endswith("(batches of 4)")
+    no_silence = {k: v for k, v in row.items() if k != "miou_silent"}
+    assert "silent" not in results_table({"real": no_silence}).splitlines()[0]
