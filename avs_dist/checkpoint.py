@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from avs_dist import world
 from avs_dist.config import Config, config_hash, from_dict, to_dict
 from avs_dist.engine import Engine
+from avs_dist.files import write_text
 from avs_dist.systems import build_system
 from avs_dist.systems.base import System
 
@@ -126,9 +127,8 @@ def _seal(folder: Path, config: Config, **facts: Any) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with open(path, "rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
             os.fsync(handle.fileno())
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": digest}
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = {
         **facts,
         "world_size": world.world_size(),
@@ -179,9 +179,4 @@ def _prune(root: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    with open(partial, "w") as handle:
-        json.dump(value, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=1) + "\n")

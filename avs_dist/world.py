@@ -99,6 +99,18 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
     return total * (world_size() / global_count.clamp_min(1.0))
 
 
+def gather_rows(value_MC: Tensor) -> tuple[Tensor, int]:
+    """Rows of all ranks in rank order, with gradient, and the index of this rank's first row; M may differ."""
+    if world_size() == 1:
+        return value_MC, 0
+    sizes = gather_objects(len(value_MC))
+    first = sum(sizes[: rank()])
+    padded = torch.cat(
+        [value_MC.new_zeros(n, *value_MC.shape[1:]) if i != rank() else value_MC for i, n in enumerate(sizes)]
+    )
+    return all_reduce_sum(padded), first
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Plain Python `value` of every rank, in rank order, on every rank."""
     if world_size() == 1:

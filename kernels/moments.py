@@ -14,7 +14,7 @@ Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all ranks, with gradie
 class Moments(NamedTuple):
     """Batch-normalisation statistics: number of tokens (scalar), mean [C] and biased variance [C]."""
 
-    count: Tensor
+    num_tokens: Tensor
     mean_C: Tensor
     var_C: Tensor
 
@@ -37,7 +37,7 @@ def merge_ranks(local: Moments, reduce: Reduce | None) -> Moments:
     if reduce is None:
         return local
     mean_C, var_C = local.mean_C.double(), local.var_C.double()
-    count = local.count.double()
+    count = local.num_tokens.double()
     packed = torch.cat([count[None], count * mean_C, count * (var_C + mean_C.square())])
     count, total_C, squares_C = reduce(packed).split([1, len(mean_C), len(mean_C)])
     mean_C = total_C / count.clamp_min(1.0)
@@ -49,6 +49,6 @@ def merge_ranks(local: Moments, reduce: Reduce | None) -> Moments:
 @torch.no_grad()
 def update_running(running_mean_C: Tensor, running_var_C: Tensor, batch: Moments, momentum: float) -> None:
     """Move running statistics towards those of a batch as torch's batch normalisation does (unbiased variance)."""
-    unbiased_C = batch.var_C * (batch.count / (batch.count - 1).clamp_min(1.0))
+    unbiased_C = batch.var_C * (batch.num_tokens / (batch.num_tokens - 1).clamp_min(1.0))
     running_mean_C.lerp_(batch.mean_C.to(running_mean_C.dtype), momentum)
     running_var_C.lerp_(unbiased_C.to(running_var_C.dtype), momentum)

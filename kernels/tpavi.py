@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from avs_dist.kernels.moments import Moments, Reduce, merge_groups, merge_ranks
 from avs_dist.kernels.reference import EPS, Running, TPAVIWeights, batch_norm, mixing_matrix
 
-CPU_CHUNK = 1 << 19  # elements worked on at a time, so that the temporaries stay in the cache
+CPU_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
 
 
 def tpavi(
@@ -94,7 +94,7 @@ def tpavi_visual(
 
 
 def linear_attention(query_BTPK: Tensor, key_BTPK: Tensor, value_BTPK: Tensor, mixing_BTT: Tensor) -> Tensor:
-    """y_i = sum_j (R[t(i), t(j)] / P) (query_i . key_j) value_j, by associativity: [B,T,P,K] without an N x N matrix."""
+    """y_i = sum_j (R[t(i), t(j)] / P) (query_i . key_j) value_j [B,T,P,K], by associativity: no N x N matrix."""
     state_BTKK = key_BTPK.transpose(2, 3) @ value_BTPK / key_BTPK.shape[2]
     mixed_BTKK = (mixing_BTT @ state_BTKK.flatten(2)).view(state_BTKK.shape)
     return query_BTPK @ mixed_BTKK

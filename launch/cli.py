@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a system",
     "evaluate": "measure a checkpoint, with real, muted or swapped sound",
     "predict": "paint what sounds on any video file",
+    "demo": "all of these in a row, on synthetic clips and a real film",
     "bench": "time the hot spots against their references",
 }
 

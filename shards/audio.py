@@ -86,7 +86,8 @@ def mel_matrix() -> Tensor:
         return 1127.0 * np.log1p(hertz / 700.0)
 
     bins_F = mel(np.linspace(0.0, SAMPLE_RATE_HZ / 2, FFT // 2 + 1))
-    edges = np.linspace(*mel(np.array([LOWEST_HZ, HIGHEST_HZ])), MEL_BANDS + 2)
+    lowest, highest = mel(np.array([LOWEST_HZ, HIGHEST_HZ]))
+    edges = np.linspace(lowest, highest, MEL_BANDS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
     rising = (bins_F[:, None] - lower) / (centre - lower)
     falling = (upper - bins_F[:, None]) / (upper - centre)

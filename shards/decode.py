@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import av
 import decord
@@ -38,12 +38,11 @@ class Video:
     def __init__(self, path: str) -> None:
         self.path = path
         with av.open(path) as container:
-            stream = container.streams.best("video")
+            stream: Any = container.streams.best("video")
             if stream is None:
                 raise ValueError("no video stream")
             self.index, self.time_base = stream.index, stream.time_base or Fraction(1, 1000)
             self.width, self.height = stream.codec_context.width, stream.codec_context.height
-            self.has_audio = bool(container.streams.audio)
             rate = stream.average_rate
             self.ticks = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
         if not 0 < self.width * self.height <= MAX_PIXELS:
@@ -100,8 +99,8 @@ class Video:
             stream = container.streams[self.index]
             if self.times_s[indices[0]] > 1.0:
                 container.seek(wanted[0], stream=stream, backward=True)
-            shown: av.VideoFrame | None = None
-            decoded = (f for f in _tolerant_decode(container, stream) if f.pts is not None)
+            shown: Any = None
+            decoded = _tolerant_decode(container, stream)
             following = next(decoded, None)
             for tick in wanted:
                 while following is not None and following.pts <= tick:
@@ -115,7 +114,7 @@ def _tolerant_decode(container: Any, stream: Any) -> Iterator[Any]:
     """Decoded frames; broken packets are passed over."""
     for packet in container.demux(stream):
         try:
-            yield from packet.decode()
+            yield from (frame for frame in packet.decode() if frame.pts is not None)
         except av.error.FFmpegError:
             continue
 
@@ -133,7 +132,7 @@ def read_sound(path: str, start_s: float, seconds: int, zero_s: float) -> tuple[
         zero_s: Container time of the clip's time zero (the first video frame), so that sound and picture stay together.
     """
     with av.open(path) as container:
-        stream = container.streams.best("audio")
+        stream: Any = container.streams.best("audio")
         if stream is None:
             return None
         rate = int(stream.rate)
@@ -145,7 +144,7 @@ def read_sound(path: str, start_s: float, seconds: int, zero_s: float) -> tuple[
         position: int | None = None
         resampler = av.AudioResampler(format="fltp")
         for frame in container.decode(stream):
-            for part in resampler.resample(frame):
+            for part in resampler.resample(cast(av.AudioFrame, frame)):
                 samples_S = part.to_ndarray().mean(axis=0, dtype=np.float64).astype(np.float32)
                 stamp = None if part.time is None else round((part.time - zero_s - start_s) * rate)
                 if position is None or (stamp is not None and abs(stamp - position) > AUDIO_GAP_S * rate):
@@ -209,6 +208,7 @@ def _decode_frames(video: Video, indices: list[int], request: dict[str, Any], no
 def serve(connection: Connection) -> None:
     """Answer requests until the parent goes away."""
     decord.logging.set_level(decord.logging.QUIET)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its children
 
     def tell(**message: Any) -> None:
         connection.send_bytes(json.dumps(message).encode())

@@ -14,6 +14,9 @@ import numpy as np
 
 AAC_FRAME_SAMPLES = 1024
 AUDIO_BIT_RATE = 128_000
+# with the macroblock tree x264 encodes equal input in different ways from run to run, even with one thread
+X264_OPTIONS = {"preset": "veryfast", "x264-params": "mbtree=0"}
+AAC_OPTIONS = {"aac_coder": "fast"}  # at this bit rate the slow search brings nothing one hears
 
 
 class Mp4Writer:
@@ -46,7 +49,7 @@ class Mp4Writer:
         self._partial = path.with_name(f".{path.name}.partial")
         self._pad_bottom, self._pad_right = height % 2, width % 2
         self._container = av.open(str(self._partial), "w", format="mp4", options={"fflags": "+bitexact"})
-        self._video = self._container.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast"})
+        self._video = self._container.add_stream("libx264", rate=fps, options={**X264_OPTIONS, "crf": str(crf)})
         self._video.width, self._video.height = width + self._pad_right, height + self._pad_bottom
         self._video.pix_fmt = "yuv420p"
         self._video.thread_count = threads
@@ -57,9 +60,9 @@ class Mp4Writer:
 
     def add_audio(self, sample_rate_hz: int, layout: str) -> None:
         """Add an AAC track that `write_audio` encodes; call before the first frame."""
-        self._audio = self._container.add_stream("aac", rate=sample_rate_hz, layout=layout)
+        self._audio = self._container.add_stream("aac", rate=sample_rate_hz, layout=layout, options=AAC_OPTIONS)
         self._audio.bit_rate = AUDIO_BIT_RATE
-        self._audio.thread_count = 1
+        self._audio.codec_context.thread_count = 1
 
     def copy_audio(self, source: av.AudioStream) -> None:
         """Add a track that takes the packets of `source` unchanged by `write_audio_packet`."""

@@ -96,6 +96,10 @@ class ShardIndex:
             raise ValueError(f"{path}: {error}") from error
 
     @property
+    def image_size(self) -> int:
+        return int(self.settings["image_size"])
+
+    @property
     def splits(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(shard.split for shard in self.shards))
 

@@ -150,7 +150,7 @@ def _draw_blob(rng: np.random.Generator) -> Item:
 
 def _spread(objects: list[Item], rng: np.random.Generator) -> list[Item]:
     """Of 24 draws of start positions the one with the least crowding, so that objects may touch but rarely hide."""
-    times_s = np.arange(0, SECONDS, 0.25)
+    times_s = [0.25 * step for step in range(4 * SECONDS)]
     best, best_gap = objects, -np.inf
     for _ in range(24):
         trial = [replace(o, start_xy=rng.uniform(0, 2, 2)) for o in objects]

@@ -20,7 +20,7 @@ def flute(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
     """Harmonic stack with vibrato: lines at multiples of 220-300 Hz."""
     f0_hz = rng.uniform(220, 300)
     phase_S = 2 * np.pi * f0_hz * time_S + 0.9 * np.sin(2 * np.pi * rng.uniform(4.5, 6.0) * time_S)
-    return sum(np.sin(k * phase_S + rng.uniform(0, 6.28)) / k for k in range(1, 7))
+    return np.sum([np.sin(k * phase_S + rng.uniform(0, 6.28)) / k for k in range(1, 7)], axis=0)
 
 
 def bell(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
@@ -54,7 +54,8 @@ def clicks(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
 def buzz(rng: np.random.Generator, time_S: np.ndarray) -> np.ndarray:
     """Low motor: odd and even harmonics of 70-95 Hz up to 600 Hz, with a slow tremolo."""
     f0_hz = rng.uniform(70, 95)
-    tone_S = sum(np.sin(2 * np.pi * k * f0_hz * time_S + rng.uniform(0, 6.28)) for k in range(1, 7))
+    partials = [np.sin(2 * np.pi * k * f0_hz * time_S + rng.uniform(0, 6.28)) for k in range(1, 7)]
+    tone_S = np.sum(partials, axis=0)
     return tone_S * (1 + 0.3 * np.sin(2 * np.pi * rng.uniform(7, 9) * time_S))
 
 

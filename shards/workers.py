@@ -121,6 +121,12 @@ class MediaWorker:
             self._process.wait()
             self._process = None
 
+    def interrupt(self) -> None:
+        """End the request in progress, from any thread."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def _request(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._served >= RECYCLE_AFTER:
             self.close()
@@ -155,7 +161,7 @@ class MediaWorker:
         shape = answer.get("shape", (0,))
         answer["frames"] = np.frombuffer(self._receive(end), np.uint8).reshape(shape) if shape[0] else None
         waveform = self._receive(end) if answer.get("samples") else b""
-        answer["waveform"] = np.frombuffer(waveform, np.float32)
+        answer["waveform"] = np.frombuffer(waveform, np.float32).copy()  # torch wants writable memory
         return answer
 
     def _receive(self, end: float) -> bytes:

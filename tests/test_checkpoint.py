@@ -31,7 +31,7 @@ def _process_group() -> Iterator[None]:
     world.stop()
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(ms3_shards: Path, tmp_path: Path) -> Config:
     return parse_config(
         ["--config", str(ROOT / "configs/demo.yaml"), "--data.shards", str(ms3_shards), "--data.workers", "0",

@@ -1,27 +1,32 @@
-"""Where raw clips come from. A source lists ClipJobs; `build` turns each into a Sample."""
+"""Where raw clips come from: a source lists ClipJobs, `build` turns each into a Sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from avs_dist.shards.workers import VideoFacts
+
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class ClipJob:
     """One clip still to be made.
 
-    name:     Unique within the build.
-    split:    "train", "val" or "test".
-    frames:   Extracted frames, one a second; when empty they are decoded from `video`.
-    video:    Media file, or None.
-    sound:    File with the sound (a wav, or the video itself), or None.
-    masks:    Mask picture of each labelled second, existing or not.
-    labels:   Labelled seconds: "none", "first" or "all".
-    start_s:  Start of the clip in the media files.
-    problem:  Why it cannot be made at all, found while listing.
+    name:        Unique within its split.
+    split:       "train", "val" or "test".
+    path:        What to name when it fails.
+    frames:      Extracted frames, one a second; when empty they are decoded from `video`.
+    video:       Media file, or None.
+    sound:       File with the sound (a wav, or the video itself), or None.
+    mask_prefix: The mask of second t (from 0) is the file `{mask_prefix}_{t + 1}.png`.
+    labels:      Which seconds carry a mask.
+    start_s:     Start of the clip in the media files.
+    seconds:     Length, at most (a video may end earlier).
+    meta:        Facts for the shard.
+    problem:     Why it cannot be made at all, where the listing already shows it.
     """
 
     name: str
@@ -30,11 +35,13 @@ class ClipJob:
     frames: tuple[Path, ...] = ()
     video: Path | None = None
     sound: Path | None = None
-    mask_pattern: Callable[[int], Path] | None = None
-    labels: str = "none"
+    mask_prefix: str | None = None
+    labels: str = "none"  # "none" | "first" | "all"
     start_s: float = 0.0
+    seconds: int = 5
     meta: dict[str, str] = field(default_factory=dict)
     problem: str | None = None
 
 
-Probe = Callable[[list[Path]], list[VideoFacts | str]]
+# facts of each file, or the reason why there are none
+Probe = Callable[[Sequence[Path]], list[VideoFacts | str]]

@@ -1,0 +1,97 @@
+"""Build tar shards from raw clips, check them, describe them.
+
+Shards are plain tar files plus an index.json; training, evaluation and prediction read them by byte ranges.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from avs_dist.launch.cli import Parser, run
+from avs_dist.shards.build import BuildConfig, build
+from avs_dist.shards.index import ShardIndex
+from avs_dist.shards.verify import describe, verify
+
+BUILD_HELP = """Turn raw clips into shards.
+
+Sources:
+  avsbench-s4    the folder Single-source/ of AVSBench (or the folder that holds it)
+  avsbench-ms3   the folder Multi-sources/ of AVSBench (or the folder that holds it)
+  videos         every media file below --root, cut into windows of --clip-s seconds, without masks, split "test"
+
+For AVSBench the official visual_frames are used where they are there; else one frame a second is decoded from
+raw_videos by the published rule. A clip that cannot be decoded, or hangs the decoder, is skipped and listed with its
+reason in index.json. The build can be killed at any time: the same command goes on where it stopped.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="avs-dist shards", description=__doc__)
+    actions = parser.add_subcommands(required=True, dest="action")
+    verify_help = "check checksums, offsets and every member; exit 1 on damage"
+    info_help = "print what a folder of shards holds"
+    for name, action, text in (
+        ("build", _build_parser(), "turn raw clips into shards"),
+        ("verify", _folder_parser(verify_help), verify_help),
+        ("info", _folder_parser(info_help), info_help),
+    ):
+        actions.add_subcommand(name, action, help=text)
+        action.prog = f"avs-dist shards {name}"  # errors then name the command as it is typed
+    arguments = parser.parse_args(argv)
+    options = arguments[arguments.action]
+    if arguments.action == "build":
+        return _build(options)
+    index = ShardIndex.load(options.directory)
+    if arguments.action == "info":
+        print(describe(index))
+        return 0
+    return _verify(index)
+
+
+def _build_parser() -> Parser:
+    parser = Parser(description=BUILD_HELP)
+    kind = Literal["avsbench-s4", "avsbench-ms3", "videos"]
+    add = parser.add_argument
+    add("--source", type=kind, required=True, help="layout of the raw clips, see above")
+    add("--root", type=Path, required=True, help="folder of the raw clips")
+    add("--out", type=Path, required=True, help="folder of the shards; a build that was interrupted goes on")
+    add("--size", type=int, default=224, help="frames and masks are resized to size x size, aspect not kept")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
+    add("--shard-mb", type=float, default=128.0, help="a shard ends when it has reached this size in MB")
+    add("--max-skipped", type=float, default=0.01, help="the build fails when a larger fraction of clips is unusable")
+    add("--deadline-s", type=float, default=60.0, help="longest time for decoding one clip")
+    add("--frames", type=Literal["png", "jpeg"], default="png", help="png is lossless; jpeg (quality 95) is smaller")
+    add("--decode-video", action="store_true", help="AVSBench: decode raw_videos although visual_frames are there")
+    add("--clip-s", type=int, default=5, help="longest clip in seconds")
+    return parser
+
+
+def _folder_parser(description: str) -> Parser:
+    parser = Parser(description=description)
+    parser.add_argument("directory", type=Path, help="folder of the shards")
+    return parser
+
+
+def _build(options: Any) -> int:
+    torch.set_num_threads(1)  # the clips are what runs in parallel
+    index = build(BuildConfig(**vars(options)))
+    print(describe(index))
+    return 0
+
+
+def _verify(index: ShardIndex) -> int:
+    problems = verify(index)
+    for problem in problems:
+        print(f"DAMAGED {problem}")
+    clips = sum(len(shard.clips) for shard in index.shards)
+    state = f"{len(problems)} problems" if problems else "all well"
+    print(f"{index.directory}: {len(index.shards)} shards, {clips} clips: {state}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("shards"))

@@ -1,0 +1,95 @@
+"""Checking a folder of shards against its index, and describing it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+from avs_dist.shards.index import ShardEntry, ShardIndex
+from avs_dist.shards.read import ClipReader, DamagedClipError
+
+
+def verify(index: ShardIndex, progress: bool = True) -> list[str]:
+    """Problems of the shards, each with shard and, for a clip, offset; empty when all is well.
+
+    Checks size and SHA-256 of each shard, that the clips follow each other without a gap, that their keys are unique,
+    and decodes every member of every clip.
+    """
+    problems: list[str] = []
+    total = sum(len(shard.clips) for shard in index.shards)
+    with tqdm(total=total, desc="verify", unit="clip", disable=not progress) as bar:
+        for split in index.splits:
+            shards = index.split(split)
+            counts = Counter(clip.key for shard in shards for clip in shard.clips)
+            problems += [f"split {split}: key {key} stands {n} times" for key, n in counts.items() if n > 1]
+            first = 0
+            reader = ClipReader(index, split)
+            for shard in shards:
+                problems += _verify_file(index.directory / shard.name, shard)
+                problems += _verify_clips(reader, shard, first, bar)
+                first += len(shard.clips)
+    return problems
+
+
+def _verify_file(path: Path, shard: ShardEntry) -> list[str]:
+    if not path.is_file():
+        return [f"shard {path}: the file is missing"]
+    size = path.stat().st_size
+    problems = [] if size == shard.bytes else [f"shard {path}: {size} bytes, the index says {shard.bytes}"]
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            sha256.update(chunk)
+    if sha256.hexdigest() != shard.sha256:
+        problems.append(f"shard {path}: the SHA-256 does not match the index")
+    end = 0
+    for clip in shard.clips:
+        if clip.offset != end:
+            problems.append(f"shard {path}, offset {clip.offset}, clip {clip.key}: expected at offset {end}")
+        end = clip.offset + clip.length
+    return problems
+
+
+def _verify_clips(reader: ClipReader, shard: ShardEntry, first: int, bar: tqdm) -> list[str]:
+    problems: list[str] = []
+    for i, clip in enumerate(shard.clips):
+        bar.update()
+        try:
+            sample = next(reader.samples([first + i]))
+        except DamagedClipError as error:
+            problems.append(str(error))
+            continue
+        facts = (sample.name, len(sample.frames_THWC), int(sample.labelled_T.sum()), sample.meta.get("sound"))
+        if facts != (clip.name, clip.seconds, clip.labelled, clip.sound):
+            problems.append(
+                f"shard {shard.name}, offset {clip.offset}, clip {clip.key}: holds {facts}, the index differs"
+            )
+    return problems
+
+
+def describe(index: ShardIndex) -> str:
+    """A table that a person reads: splits, clips, seconds, sound, labels, sizes, source, skipped clips."""
+    settings = index.settings
+    lines = [
+        f"{index.directory}: {settings['source']}, frames {settings['image_size']} x {settings['image_size']} "
+        f"{settings['frame_format']}, clips of at most {settings['clip_seconds']} s",
+        f"rule: {settings['source_rule']}",
+        "",
+        f"{'split':<8}{'shards':>7}{'clips':>8}{'seconds':>9}{'labelled':>10}"
+        f"{'sound ok':>10}{'silent':>8}{'none':>6}{'MB':>10}",
+    ]
+    for split in index.splits:
+        shards = index.split(split)
+        clips = [clip for shard in shards for clip in shard.clips]
+        sound = Counter(clip.sound for clip in clips)
+        lines.append(
+            f"{split:<8}{len(shards):>7}{len(clips):>8}{sum(c.seconds for c in clips):>9}"
+            f"{sum(c.labelled for c in clips):>10}{sound['ok']:>10}{sound['silent']:>8}{sound['none']:>6}"
+            f"{sum(s.bytes for s in shards) / 1e6:>10.1f}"
+        )
+    lines += ["", f"skipped: {len(index.skipped)}"]
+    lines += [f"  {clip['split']}/{clip['name']} ({clip['path']}): {clip['reason']}" for clip in index.skipped]
+    return "\n".join(lines)
