@@ -149,6 +149,10 @@ def _wrap(system: System, config: Config) -> Any:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # an inference-only shared-memory collective that DeepSpeed would compile with g++ at every first start on a CPU
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for parameter in system.parameters():
+        # DeepSpeed broadcasts raw memory; .contiguous() would leave the odd strides of channels-last 1x1 kernels
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
     AcceleratorState._reset_state(reset_partial_state=True)  # a second engine in one process starts afresh
     PartialState(cpu=not torch.cuda.is_available())
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False)

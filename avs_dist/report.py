@@ -108,7 +108,7 @@ def write_report(
 
     Raises:
         FileNotFoundError: the overlay does not exist.
-        ValueError: a row of results has no `miou`.
+        ValueError: a row of results has no `miou`; the overlay cannot be decoded.
     """
     path = Path(path)
     if overlay is not None and not Path(overlay).is_file():
@@ -124,7 +124,9 @@ def write_report(
         body.append(html.panels_section([_panel(panel) for panel in panels]))
     if overlay is not None:
         relative = os.path.relpath(Path(overlay).resolve(), path.resolve().parent)
-        body.append(html.video_section(quote(Path(relative).as_posix()), Path(overlay).name))
+        body.append(
+            html.video_section(quote(Path(relative).as_posix()), Path(overlay).name, figures.video_png(Path(overlay)))
+        )
     body.append(html.curves_section(figures.loss_curve(curves), figures.miou_curve(curves)))
     body.append(html.repeat_section(command, config))
     write_text(path, html.page(title, body))

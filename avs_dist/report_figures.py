@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -43,6 +46,25 @@ def mel_png(mel_FM: np.ndarray, loudest: float) -> bytes:
     """One second of log-mel [96,64] as a picture, time to the right, low bands at the bottom; black is silence."""
     level = (mel_FM.T[::-1] - LOG_MEL_SILENCE) / max(loudest - LOG_MEL_SILENCE, 1e-6)
     return _png((colormaps["magma"](level.clip(0, 1))[..., :3] * 255).astype(np.uint8))
+
+
+def video_png(path: Path) -> bytes:
+    """A frame of the beginning, which stands for the video until it is played.
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
+    picture = None
+    try:
+        with av.open(str(path)) as container:
+            if container.streams.video:
+                for frame in islice(container.decode(container.streams.video[0]), 10):
+                    picture = frame.to_ndarray(format="rgb24")
+    except av.FFmpegError as error:
+        raise ValueError(f"{path}: not a video that can be decoded ({error})") from error
+    if picture is None:
+        raise ValueError(f"{path}: there is no picture in it")
+    return _png(picture)
 
 
 def loss_curve(records: Sequence[Mapping[str, Any]]) -> bytes | None:

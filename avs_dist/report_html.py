@@ -139,11 +139,12 @@ def panels_section(panels: Sequence[PanelView]) -> str:
     )
 
 
-def video_section(source: str, name: str) -> str:
+def video_section(source: str, name: str, poster_png: bytes) -> str:
     return (
         "<h2>On video</h2>"
         '<p class="hint">What the model hears is painted; the sound of the film is unchanged.</p>'
-        f'<video controls preload="metadata" playsinline src="{escape(source)}"></video>'
+        f'<video controls preload="metadata" playsinline poster="{_data_uri(poster_png)}" '
+        f'src="{escape(source)}"></video>'
         f'<p class="hint"><a href="{escape(source)}">{escape(name)}</a></p>'
     )
 
@@ -178,9 +179,12 @@ def _panel(panel: PanelView) -> str:
 
 
 def _image(png: bytes, alt: str, kind: str = "") -> str:
-    data = base64.b64encode(png).decode("ascii")
     style = f' class="{escape(kind)}"' if kind else ""
-    return f'<img{style} alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    return f'<img{style} alt="{escape(alt)}" src="{_data_uri(png)}">'
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _number(value: float | None) -> str:

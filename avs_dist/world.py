@@ -105,10 +105,9 @@ def gather_rows(value_MC: Tensor) -> tuple[Tensor, int]:
         return value_MC, 0
     sizes = gather_objects(len(value_MC))
     first = sum(sizes[: rank()])
-    padded = torch.cat(
-        [value_MC.new_zeros(n, *value_MC.shape[1:]) if i != rank() else value_MC for i, n in enumerate(sizes)]
-    )
-    return all_reduce_sum(padded), first
+    before = value_MC.new_zeros(first, *value_MC.shape[1:])
+    after = value_MC.new_zeros(sum(sizes[rank() + 1 :]), *value_MC.shape[1:])
+    return all_reduce_sum(torch.cat([before, value_MC, after])), first
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import linecache
 import re
 import sys
 from typing import Any, NoReturn
@@ -72,24 +73,31 @@ def run(command: str, argv: list[str] | None = None) -> int:
     module = importlib.import_module(f"avs_dist.launch.{command}")
     try:
         return module.main(argv)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        return _fail(command, f"error: {error}", 2)
+    except ValueError as error:
         if not _raised_here(error):
             raise
-        sys.stderr.write(f"avs-dist {command}: error: {error}\n")
-        return 2
+        return _fail(command, f"error: {error}", 2)
     except RuntimeError as error:
-        if type(error) is not RuntimeError:  # subclasses come from torch and are bugs, not user errors
+        if not _raised_here(error):
             raise
-        sys.stderr.write(f"avs-dist {command}: failed: {error}\n")
-        return 1
+        return _fail(command, f"failed: {error}", 1)
+
+
+def _fail(command: str, message: str, code: int) -> int:
+    sys.stderr.write(f"avs-dist {command}: {message}\n")
+    return code
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether our own code raised it (a message for the user) rather than a library (a bug: show the traceback)."""
+    """Whether a raise statement of ours made it (a message for the user), not a library (a bug: show the traceback)."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("avs_dist.")
+    if trace is None or not str(trace.tb_frame.f_globals.get("__name__", "")).startswith("avs_dist."):
+        return False
+    return linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno).lstrip().startswith("raise ")
 
 
 def _usage() -> str:

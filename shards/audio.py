@@ -7,12 +7,12 @@ FFT, magnitude spectrum, 64 HTK-mel bands over 125-7500 Hz, ln(mel + 0.01), exam
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchaudio.functional import resample
+from torchaudio.transforms import Resample
 
 from avs_dist.shards.schema import LOG_OFFSET, MEL_BANDS, MEL_FRAMES
 
@@ -104,13 +104,17 @@ def _resample(waveform_S: Tensor, rate_hz: int) -> Tensor:
     if math.gcd(rate_hz, SAMPLE_RATE_HZ) < 8:
         # the polyphase kernel would need gigabytes; a multiple of 8 Hz is at most 4 Hz away
         rate_hz = max(8, round(rate_hz / 8) * 8)
-    # the window of resampy's kaiser_best, which the published preprocessing uses
-    return resample(
-        waveform_S,
+    return _resampler(rate_hz)(waveform_S)
+
+
+@lru_cache(maxsize=16)
+def _resampler(rate_hz: int) -> Resample:
+    """Kernel computed in float64 and kept; the window of resampy's kaiser_best, which the published code uses."""
+    return Resample(
         rate_hz,
         SAMPLE_RATE_HZ,
+        resampling_method="sinc_interp_kaiser",
         lowpass_filter_width=64,
         rolloff=0.9475937167399596,
-        resampling_method="sinc_interp_kaiser",
         beta=14.769656459379492,
     )

@@ -183,6 +183,7 @@ def decode(request: dict[str, Any], notify: Any) -> tuple[dict[str, Any], np.nda
         facts["decoder"], frames_THWC = _decode_frames(video, indices, request, notify)
         zero_s = video.start_s if request["sound"] == request["video"] else 0.0
     if request["sound"]:
+        notify("sound", request["sound"])
         sound = read_sound(request["sound"], request["start_s"], seconds, zero_s)
         if sound is not None:
             mono_S, facts["rate"] = sound
@@ -197,11 +198,11 @@ def _decode_frames(video: Video, indices: list[int], request: dict[str, Any], no
 
     if request["decoder"] == "pyav":
         return "pyav", resized(video.frames_pyav(indices))
-    notify("decord")
+    notify("decord", video.path)
     try:
         return "decord", resized(video.frames_decord(indices))
     except (decord.DECORDError, ValueError):
-        notify("pyav")
+        notify("pyav", video.path)
         return "pyav", resized(video.frames_pyav(indices))
 
 
@@ -225,7 +226,9 @@ def serve(connection: Connection) -> None:
             if request["kind"] == "probe":
                 tell(status="done", facts=probe(request["video"]))
             else:
-                facts, frames_THWC, mono_S = decode(request, lambda stage: tell(status="stage", stage=stage))
+                facts, frames_THWC, mono_S = decode(
+                    request, lambda stage, path: tell(status="stage", stage=stage, path=path)
+                )
                 tell(status="done", facts=facts, shape=frames_THWC.shape, samples=len(mono_S))
                 if frames_THWC.size:
                     connection.send_bytes(np.ascontiguousarray(frames_THWC).data.cast("B"))

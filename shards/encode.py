@@ -9,9 +9,11 @@ from pathlib import Path
 from types import TracebackType
 
 import av
-import av.error
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 
+# H.273 codes of the matrices that the writer can keep
+_MATRICES = {1: Colorspace.ITU709, 5: Colorspace.ITU601, 6: Colorspace.ITU601}
 AAC_FRAME_SAMPLES = 1024
 AUDIO_BIT_RATE = 128_000
 # with the macroblock tree x264 encodes equal input in different ways from run to run, even with one thread
@@ -29,9 +31,10 @@ class Mp4Writer:
         path: Final file.
         width, height: Picture size; an odd side is extended by one repeated row or column (yuv420p needs even sides).
         fps: Nominal frame rate.
-        time_base: Unit of explicit frame times; 1/fps if None.
+        like: Video stream whose time base (the unit of explicit frame times), pixel aspect and colour matrix are kept;
+            without it the unit is 1/fps and the matrix BT.601, which readers assume of untagged files.
         crf: x264 quality, 0 lossless to 51 worst.
-        threads: x264 threads.
+        threads: x264 threads, 0 as many as there are cores.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class Mp4Writer:
         width: int,
         height: int,
         fps: Fraction,
-        time_base: Fraction | None = None,
+        like: av.VideoStream | None = None,
         crf: int = 18,
         threads: int = 1,
     ) -> None:
@@ -53,10 +56,23 @@ class Mp4Writer:
         self._video.width, self._video.height = width + self._pad_right, height + self._pad_bottom
         self._video.pix_fmt = "yuv420p"
         self._video.thread_count = threads
-        self._time_base = time_base or 1 / fps
+        self._time_base = 1 / fps
+        self._matrix = Colorspace.ITU601
+        if like is not None:
+            self._keep_properties(like)
         self._video.codec_context.time_base = self._time_base
         self._audio: av.AudioStream | None = None
         self._next_pts = 0
+
+    def _keep_properties(self, like: av.VideoStream) -> None:
+        self._time_base = like.time_base or self._time_base
+        ours, theirs = self._video.codec_context, like.codec_context
+        if theirs.sample_aspect_ratio:
+            ours.sample_aspect_ratio = theirs.sample_aspect_ratio
+        if theirs.colorspace in _MATRICES:
+            self._matrix = _MATRICES[theirs.colorspace]
+            ours.colorspace, ours.color_primaries = theirs.colorspace, theirs.color_primaries
+            ours.color_trc, ours.color_range = theirs.color_trc, ColorRange.MPEG
 
     def add_audio(self, sample_rate_hz: int, layout: str) -> None:
         """Add an AAC track that `write_audio` encodes; call before the first frame."""
@@ -73,13 +89,14 @@ class Mp4Writer:
         if self._pad_bottom or self._pad_right:
             frame_HWC = np.pad(frame_HWC, ((0, self._pad_bottom), (0, self._pad_right), (0, 0)), mode="edge")
         frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=self._matrix, dst_color_range=ColorRange.MPEG)
         frame.pts = self._next_pts if pts is None else pts
         frame.time_base = self._time_base
         self._next_pts = frame.pts + 1
         self._container.mux(self._video.encode(frame))
 
     def write_audio(self, frame: av.AudioFrame) -> None:
-        """Encode an audio frame in the format of `add_audio`."""
+        """Encode an audio frame; it is converted to the format of `add_audio` where that differs."""
         assert self._audio is not None
         self._container.mux(self._audio.encode(frame))
 

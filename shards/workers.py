@@ -134,14 +134,14 @@ class MediaWorker:
             self._start()
         assert self._connection is not None
         self._served += 1
-        stage = "reading the file"
+        stage, path = "opening", request["video"] or request["sound"]
         end = time.monotonic() + self._deadline_s
         try:
             self._connection.send_bytes(json.dumps({**request, "deadline_s": self._deadline_s}).encode())
             while True:
                 answer = json.loads(self._receive(end))
                 if answer["status"] == "stage":
-                    stage = answer["stage"]
+                    stage, path = answer["stage"], answer["path"]
                 elif answer["status"] == "failed":
                     raise ClipError(answer["reason"])
                 else:
@@ -149,12 +149,12 @@ class MediaWorker:
         except TimeoutError:
             self.close()
             if stage == "decord":
-                raise _DecordHung(f"decord did not finish within {self._deadline_s:g} s") from None
-            raise ClipError(f"hung while {stage}, no answer within the deadline of {self._deadline_s:g} s") from None
+                raise _DecordHung from None
+            raise ClipError(f"hung ({stage} {path}): no answer within {self._deadline_s:g} s") from None
         except (EOFError, BrokenPipeError, ConnectionResetError):
             code = self._process.wait() if self._process else None
             self.close()
-            raise ClipError(f"the decoder crashed ({stage}, exit code {code})") from None
+            raise ClipError(f"the decoder crashed ({stage} {path}), exit code {code}") from None
 
     def _with_arrays(self, answer: dict[str, Any], end: float) -> dict[str, Any]:
         """Attach the raw arrays that follow an answer."""
@@ -187,5 +187,5 @@ class MediaWorker:
             raise RuntimeError("the decoding process does not start; its error stands above") from None
 
 
-class _DecordHung(ClipError):
-    """decord ran into its endless loop; PyAV may still read the file."""
+class _DecordHung(Exception):
+    """decord missed the deadline; PyAV may still read the file."""

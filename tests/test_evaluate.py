@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,15 @@ def test_counts_labelled_existing_frames_once():
     assert results == expected.compute()
     assert results["frames"] == sum(int(s.labelled_T.sum()) for s in samples)
     assert results["batch_size"] == 4
+
+
+def test_frames_that_do_not_exist_never_count():
+    samples = make_samples()
+    plain = list(batches_of(samples, 4))
+    # a wrong label on the padding of a short clip
+    marked = [(replace(clip, labelled_BT=clip.labelled_BT | ~clip.valid_BT), positions) for clip, positions in plain]
+    assert not all(bool(clip.valid_BT.all()) for clip, _ in plain)
+    assert evaluate(predict, marked) == evaluate(predict, plain)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 11, 20])

@@ -87,6 +87,11 @@ def test_ms3_layout(data: Path) -> None:
     assert not [p for p in data.rglob("*") if "partial" in p.name]
 
 
+def test_labelled_frames_are_on_show_at_fifteen_sixteenths_of_each_second() -> None:
+    for second, frame in enumerate(LABELLED_FRAMES):
+        assert frame / FPS <= second + 15 / 16 < (frame + 1) / FPS
+
+
 def test_split_shares() -> None:
     splits = [split_of(i) for i in range(400)]
     assert (splits.count("train"), splits.count("val"), splits.count("test")) == (320, 40, 40)
@@ -101,7 +106,7 @@ def test_same_seed_same_bytes_for_any_workers_and_number_of_clips(data: Path, tm
     assert first[table].startswith(again.pop(table))
     assert len(again) > 3 * 8
     for name, data_bytes in again.items():
-        assert first[name] == data_bytes, name
+        assert first[name] == data_bytes, name  # mp4 too
 
 
 def test_other_seed_other_clip() -> None:
@@ -123,8 +128,8 @@ def test_mask_is_the_visible_part_of_what_sounds(drawn: list[tuple[Scene, Render
             without = render_scene(silent, SIZE).frames_FHWC[frame].astype(int)
             changed_HW = np.abs(rendered.frames_FHWC[frame] - without).max(axis=2) > 1
             inside, outside = masks_THW[t] & ~changed_HW, changed_HW & ~_grown(masks_THW[t])
-            assert inside.sum() <= 0.02 * masks_THW[t].sum()  # a colour may happen to equal the background
-            assert not outside.any()
+            assert inside.sum() <= 0.01 * masks_THW[t].sum()  # a colour may happen to equal the background
+            assert outside.sum() <= 4  # slivers that show less than half of a pixel
             checked += 1
     assert checked > 20
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avs_dist.kernels.moments import Moments, merge_ranks, update_running
@@ -36,8 +37,8 @@ class WorldBatchNorm2d(RunningStatistics, nn.BatchNorm2d):
     and `act` follow it, for timm's fused norm-activation layers.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
+        super().__init__(num_features, eps, momentum)
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
 
@@ -45,25 +46,26 @@ class WorldBatchNorm2d(RunningStatistics, nn.BatchNorm2d):
         return self.act(self.drop(self._normalise(x_NCHW)))
 
     def _normalise(self, x_NCHW: Tensor) -> Tensor:
-        if not self.training or not self.track_running_stats or world_size() == 1:
-            return super().forward(x_NCHW)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        dtype = torch.float64 if x_NCHW.dtype == torch.float64 else torch.float32
-        var_C, mean_C = torch.var_mean(x_NCHW.to(dtype), (0, 2, 3), correction=0)
-        count = mean_C.new_tensor(float(x_NCHW.numel() // x_NCHW.shape[1]))
-        moments = merge_ranks(Moments(count, mean_C, var_C), all_reduce_sum)
-        self.num_batches_tracked += 1
-        momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        weight_C, bias_C = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
+        momentum = 0.0
+        if self.training:
+            self.num_batches_tracked += 1
+            momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+        if not self.training or world_size() == 1:
+            running = (self.running_mean, self.running_var)
+            return F.batch_norm(x_NCHW, *running, weight_C, bias_C, self.training, momentum, self.eps)
+        x = x_NCHW.to(self.running_mean.dtype)
+        var_C, mean_C = torch.var_mean(x, (0, 2, 3), correction=0)
+        num_pixels = mean_C.new_tensor(float(x.numel() // x.shape[1]))
+        moments = merge_ranks(Moments(num_pixels, mean_C, var_C), all_reduce_sum)
         update_running(self.running_mean, self.running_var, moments, momentum)
-        scale_C = torch.rsqrt(moments.var_C + self.eps)
-        if self.affine:
-            scale_C = scale_C * self.weight.to(dtype)
-        shift_C = -moments.mean_C * scale_C
-        if self.affine:
-            shift_C = shift_C + self.bias.to(dtype)
-        return torch.addcmul(shift_C.view(1, -1, 1, 1), x_NCHW.to(dtype), scale_C.view(1, -1, 1, 1)).to(x_NCHW.dtype)
+        scale_C = weight_C * torch.rsqrt(moments.var_C + self.eps)
+        shift_C = bias_C - moments.mean_C * scale_C
+        out_NCHW = torch.addcmul(shift_C.view(1, -1, 1, 1), x, scale_C.view(1, -1, 1, 1))
+        return out_NCHW.to(x_NCHW.dtype)
 
 
 def synchronise_batchnorm(module: nn.Module) -> nn.Module:
@@ -71,6 +73,9 @@ def synchronise_batchnorm(module: nn.Module) -> nn.Module:
 
     Returns:
         `module`, or its replacement if it is itself a batch normalisation.
+
+    Raises:
+        ValueError: a batch normalisation without weights or running statistics.
     """
     if isinstance(module, nn.BatchNorm2d):
         return module if isinstance(module, WorldBatchNorm2d) else _convert(module)
@@ -82,7 +87,9 @@ def synchronise_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _convert(old: nn.BatchNorm2d) -> WorldBatchNorm2d:
-    new = WorldBatchNorm2d(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
+    if not (old.affine and old.track_running_stats):
+        raise ValueError("cannot synchronise a batch normalisation without weights or without running statistics")
+    new = WorldBatchNorm2d(old.num_features, old.eps, old.momentum)
     new._parameters.update(old._parameters)
     new._buffers.update(old._buffers)
     new.drop = getattr(old, "drop", nn.Identity())

@@ -1,0 +1,166 @@
+"""Any video file in; a mask for each second, a painted video with the original sound, and a JSON summary out.
+
+<out>/<name>/masks/0001.png ...   {0,255} at the size of the video, one for each second
+<out>/<name>/overlay.mp4          all frames with the mask of their second, the sound of the input
+<out>/<name>/summary.json         what `predict_video` returns
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from avs_dist.clip import collate
+from avs_dist.files import write_text
+from avs_dist.overlay import write_overlay
+from avs_dist.shards.audio import clip_log_mel, sound_flag
+from avs_dist.shards.schema import MEL_FRAMES, Sample
+from avs_dist.shards.workers import ClipError, MediaWorker, VideoFacts
+from avs_dist.systems.base import System
+
+LEVELS_PER_S = 8  # of the sound meter
+SILENT_RATE_HZ = 16_000  # rate of the silence that stands for a missing sound track
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames and log-mel examples of consecutive seconds; the first `skip` of them belong to the window before."""
+
+    sample: Sample
+    start: int
+    skip: int
+
+
+def predict_video(
+    system: System,
+    video_path: str | Path,
+    out_dir: str | Path,
+    *,
+    image_size: int,
+    window_s: int = 5,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Masks, overlay and summary of one video, in a folder of `out_dir` named like the file without its suffix.
+
+    The video goes through the system in windows of `window_s` seconds, the length of the training clips; neither the
+    decoded film nor its masks are ever in memory as a whole.
+
+    Args:
+        image_size: Side of the frames the system was trained on; the aspect is not kept, as in AVSBench.
+
+    Returns:
+        Facts of the video, `sound` ("ok", "silent" or "none"), `audio_track` of the overlay ("copied", "re-encoded" or
+        "none"), paths, and for each second its mask file, `sounding_area` (share of the picture), `mean_probability`
+        and `loudness` (mean log-mel; ln 0.01 = -4.6 is digital silence).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read as a video, or an argument is out of range.
+    """
+    video, folder = Path(video_path), Path(out_dir) / Path(video_path).stem
+    if not video.is_file():
+        raise FileNotFoundError(f"no such video file: {video}")
+    if window_s < 1:
+        raise ValueError(f"window_s is {window_s}: a window has at least 1 second")
+    seconds: list[dict[str, Any]] = []
+    levels: list[np.ndarray] = []
+    sounds: set[str] = set()
+    with MediaWorker() as worker:
+        try:
+            facts = worker.probe(video)
+            masks_dir = _empty_folder(folder / "masks")
+            total = _whole_seconds(facts)
+            bar = tqdm(total=total, desc=f"predict {video.name}", unit="s", disable=not progress)
+            for window in _windows(worker, video, facts, image_size, window_s):
+                probability_THW = _probabilities(system, window, (facts.height, facts.width), device)
+                sounds.add(window.sample.meta["sound"])
+                for t in range(window.skip, len(probability_THW)):
+                    mel_FM = window.sample.mel_TFM[t]
+                    seconds.append(_write_mask(masks_dir, window.start + t, probability_THW[t], mel_FM))
+                    levels.append(mel_FM.reshape(LEVELS_PER_S, MEL_FRAMES // LEVELS_PER_S, -1).mean(axis=(1, 2)))
+                bar.update(len(probability_THW) - window.skip)
+            bar.close()
+        except ClipError as error:
+            raise ValueError(f"{video}: cannot be read as a video: {error}") from None
+    masks = [Path(second["mask"]) for second in seconds]
+    overlay = folder / "overlay.mp4"
+    track = write_overlay(video, overlay, masks, np.concatenate(levels), LEVELS_PER_S, progress)
+    summary = {
+        "video": str(video),
+        "overlay": str(overlay),
+        "width": facts.width,
+        "height": facts.height,
+        "fps": facts.fps,
+        "duration_s": facts.duration_s,
+        "image_size": image_size,
+        "window_s": window_s,
+        "sound": next(kind for kind in ("ok", "silent", "none") if kind in sounds),
+        "audio_track": track,
+        "seconds": seconds,
+    }
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _whole_seconds(facts: VideoFacts) -> int:
+    """Seconds that get a mask: a started one counts when at least half of it exists, and there is always one."""
+    return max(1, int(facts.duration_s + 0.5))
+
+
+def _windows(worker: MediaWorker, video: Path, facts: VideoFacts, image_size: int, window_s: int) -> Iterator[Window]:
+    """Consecutive windows; the last one reaches back over the one before, so that it is as long as the others."""
+    total = _whole_seconds(facts)
+    for first_new in range(0, total, window_s):
+        start = max(0, min(first_new, total - window_s))
+        media = worker.decode(video, video, float(start), min(window_s, total - start), image_size)
+        assert media.frames_THWC is not None
+        count = len(media.frames_THWC)
+        wave_S = media.waveform_S if media.waveform_S is not None else np.zeros(0, dtype=np.float32)
+        mel_TFM = clip_log_mel(wave_S, media.sample_rate_hz or SILENT_RATE_HZ, count).numpy()
+        no_mask = np.zeros((count, image_size, image_size), dtype=np.uint8)
+        unlabelled = np.zeros(count, dtype=bool)
+        meta = {"sound": sound_flag(media.waveform_S)}
+        sample = Sample(video.stem, media.frames_THWC, mel_TFM, no_mask, unlabelled, meta)
+        yield Window(sample, start, first_new - start)
+
+
+@torch.no_grad()
+def _probabilities(system: System, window: Window, size_HW: tuple[int, int], device: torch.device | str) -> Tensor:
+    """Probability of each pixel of the video, [T,H,W] on the CPU."""
+    prediction = system.predict(collate([window.sample]).to(device))
+    logits_THW = F.interpolate(prediction.logits_BTHW.float(), size_HW, mode="bilinear", align_corners=False)[0]
+    return logits_THW.sigmoid().cpu()
+
+
+def _write_mask(folder: Path, second: int, probability_HW: Tensor, mel_FM: np.ndarray) -> dict[str, Any]:
+    mask_HW = (probability_HW > 0.5).numpy()
+    path = folder / f"{second + 1:04d}.png"
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(mask_HW.astype(np.uint8) * 255).save(partial, format="PNG")
+    partial.replace(path)
+    return {
+        "second": second,
+        "mask": str(path),
+        "sounding_area": float(mask_HW.mean()),
+        "mean_probability": float(probability_HW.mean()),
+        "loudness": float(mel_FM.mean()),
+    }
+
+
+def _empty_folder(folder: Path) -> Path:
+    """Masks of an earlier, longer video of the same name must not stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
+    return folder

@@ -1,0 +1,68 @@
+"""Paint what sounds on any video file, with a trained checkpoint.
+
+    avs-dist predict --checkpoint runs/demo/train film.mp4 clip.webm --out painted
+
+For each video: painted/NAME/masks/0001.png ... (one a second, 0 or 255, at the size of the video), overlay.mp4 (the
+video with the masks and its own sound) and summary.json. Long videos go through in windows, in constant memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from avs_dist.launch.cli import Parser, run
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="avs-dist predict", description=__doc__)
+    parser.add_argument("videos", type=Path, nargs="+", metavar="VIDEO", help="any format that ffmpeg reads")
+    parser.add_argument(
+        "--checkpoint", type=str, required=True, help="checkpoint folder, or a run folder: its best checkpoint"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder; each video gets one named like it")
+    parser.add_argument(
+        "--window", type=int, default=5, help="seconds seen at a time: the length of the training clips"
+    )
+    parser.add_argument(
+        "--device", type=str, default="auto", help='"auto" (a GPU if there is one), "cpu", "cuda:1" ...'
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    _check(args.videos)
+    # after parsing, so that --help and errors come at once
+    import torch
+
+    from avs_dist.checkpoint import image_size, load_system
+    from avs_dist.predict import predict_video
+
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(automatic if args.device == "auto" else args.device)
+    system, _ = load_system(args.checkpoint, device)
+    size = image_size(args.checkpoint)
+    for video in args.videos:
+        done = predict_video(system, video, args.out, image_size=size, window_s=args.window, device=device)
+        area = sum(second["sounding_area"] for second in done["seconds"]) / len(done["seconds"])
+        print(
+            f"{video}: {len(done['seconds'])} masks, {area:.1%} of the picture sounds; "
+            f"sound {done['sound']}, track {done['audio_track']}; {done['overlay']}",
+            flush=True,
+        )
+    return 0
+
+
+def _check(videos: list[Path]) -> None:
+    """Errors that would otherwise come after minutes of work."""
+    for video in videos:
+        if not video.is_file():
+            raise FileNotFoundError(f"no such video file: {video}")
+    names = [video.stem for video in videos]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"several videos are named {', '.join(twice)}: their outputs would mix; run them one by one")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("predict"))
