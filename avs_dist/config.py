@@ -198,8 +198,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_hash(config: Any) -> str:
-    """Stable short hash of all values: equal configs have equal hashes, in every process and on every machine."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:12]
+    """Stable short hash of a config or of its `to_dict`: the same in every process and on every machine."""
+    values = config if isinstance(config, dict) else to_dict(config)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -19,7 +19,7 @@ from avs_dist.shards.schema import LOG_OFFSET
 FILL_RGB = (255, 40, 110)
 CONTOUR_RGB = (255, 235, 120)
 FILL_OPACITY = 0.45
-METER_RANGE = 6.0  # mean log-mel above digital silence that fills the meter: loud music
+METER_RANGE = 8.0  # mean log-mel above digital silence that fills the meter; loud film music reaches 6.5
 
 SoundTrack = Literal["copied", "re-encoded", "none"]
 

@@ -126,12 +126,14 @@ def _windows(worker: MediaWorker, video: Path, facts: VideoFacts, image_size: in
         media = worker.decode(video, video, float(start), min(window_s, total - start), image_size)
         assert media.frames_THWC is not None
         count = len(media.frames_THWC)
-        wave_S = media.waveform_S if media.waveform_S is not None else np.zeros(0, dtype=np.float32)
+        # copies: what comes from the decoding process is read-only, which torch warns about
+        frames_THWC = media.frames_THWC.copy()
+        wave_S = media.waveform_S.copy() if media.waveform_S is not None else np.zeros(0, dtype=np.float32)
         mel_TFM = clip_log_mel(wave_S, media.sample_rate_hz or SILENT_RATE_HZ, count).numpy()
         no_mask = np.zeros((count, image_size, image_size), dtype=np.uint8)
         unlabelled = np.zeros(count, dtype=bool)
         meta = {"sound": sound_flag(media.waveform_S)}
-        sample = Sample(video.stem, media.frames_THWC, mel_TFM, no_mask, unlabelled, meta)
+        sample = Sample(video.stem, frames_THWC, mel_TFM, no_mask, unlabelled, meta)
         yield Window(sample, start, first_new - start)
 
 

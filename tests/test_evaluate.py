@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +17,12 @@ import torch.multiprocessing as mp
 
 from avs_dist.clip import Clip, collate
 from avs_dist.evaluate import evaluate, results_table
+from avs_dist.launch.cli import run
 from avs_dist.metrics import SegmentationMetrics
 from avs_dist.shards.schema import Sample
 from avs_dist.systems.base import Prediction
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_samples(num_clips: int = 11) -> list[Sample]:
@@ -129,3 +135,65 @@ def test_table_names_each_number():
     assert text.endswith("(batches of 4)")
     no_silence = {k: v for k, v in row.items() if k != "miou_silent"}
     assert "silent" not in results_table({"real": no_silence}).splitlines()[0]
+
+
+@pytest.fixture(scope="module")
+def trained(ms3_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps by the real command: enough for the sound to have some effect."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    settings = {"data.shards": ms3_shards, "data.workers": 0, "train.out_dir": out, "train.max_steps": 4}
+    settings |= {"train.eval_every": 0, "optim.warmup_steps": 0, "model.backbone.name": "resnet10t"}
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "launch/train.py", "--config", "configs/demo.yaml", *options]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return out
+
+
+def evaluate_command(trained: Path, out: Path, *options: str) -> list[str]:
+    return ["--checkpoint", str(trained), "--split", "train", "--json", str(out), *options]
+
+
+def test_command_measures_each_kind_of_sound(trained, tmp_path, capsys):
+    out = tmp_path / "new folder" / "results.json"
+    assert run("evaluate", evaluate_command(trained, out, "--audio", "all")) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert list(written["results"]) == ["real", "muted", "swapped"]
+    assert written["split"] == "train"
+    assert Path(written["checkpoint"]).name == "step-000004"
+    real, muted, swapped = written["results"].values()
+    assert real["frames"] == muted["frames"] == swapped["frames"] == 80  # 16 clips of 5 seconds
+    assert len({json.dumps(r) for r in (real, muted, swapped)}) == 3  # the sound reaches the network
+    assert f"{real['miou']:.4f}" in printed
+    assert "real - swapped" in printed
+    assert "miou" in written["definitions"]
+
+    assert run("evaluate", evaluate_command(trained, out, "--audio", "swapped", "--batch", "7")) == 0
+    again = json.loads(out.read_text())["results"]
+    assert list(again) == ["swapped"]
+    # a convolution may round differently in another batch, and a pixel on the threshold then falls on the other side
+    assert again["swapped"] == pytest.approx(swapped, abs=5e-4)
+
+
+def test_command_on_two_ranks_gives_the_same(trained, tmp_path):
+    assert run("evaluate", evaluate_command(trained, tmp_path / "one.json")) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "launch/evaluate.py", *evaluate_command(trained, tmp_path / "two.json", "--batch", "3")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("frames, ") == 1  # one table, from rank 0
+    one, two = (json.loads((tmp_path / name).read_text())["results"]["real"] for name in ("one.json", "two.json"))
+    assert two == pytest.approx(one, abs=5e-4)
+
+
+def test_command_errors_are_one_line(trained, tmp_path, capsys):
+    for options, message in (
+        (["--checkpoint", str(tmp_path)], f"no checkpoint in {tmp_path}"),
+        (["--checkpoint", str(trained), "--split", "nope"], "nope"),
+        (["--checkpoint", str(trained), "--shards", str(tmp_path)], str(tmp_path)),
+        (["--checkpoint", str(trained), "--batch", "0"], "--batch 0: must be at least 1"),
+    ):
+        assert run("evaluate", options) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("avs-dist evaluate: error: ")
+        assert message in error

@@ -186,23 +186,39 @@ def test_backbone_loads_local_weights(name, suffix, tmp_path):
     whole = timm.create_model(name)  # with its classifier, as files in circulation are
     path = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(whole.state_dict(), path)
-    loaded = sorted((v.shape, v.double().sum().item()) for v in Backbone(name, str(path)).model.state_dict().values())
-    want = [
-        (v.shape, v.double().sum().item())
-        for k, v in whole.state_dict().items()
-        if not k.startswith(("fc.", "head."))
-    ]
-    assert loaded == sorted(want)
+    loaded = Backbone(name, str(path)).model.state_dict()
+    # feature extraction renames stages.0 to stages_0
+    want = {k.replace("stages.", "stages_"): v for k, v in whole.state_dict().items()}
+    assert {k for k in want if not k.startswith(("fc.", "head."))} == set(loaded)
+    for key, value in loaded.items():
+        assert torch.equal(value, want[key]), key
+
+
+def test_backbone_loads_the_names_of_the_original_release(tmp_path):
+    """The published PVT file numbers its parts patch_embed1..4 and block1..4."""
+    state = timm.create_model("pvt_v2_b0").state_dict()
+    original = {}
+    for key, value in state.items():
+        key = key.replace("patch_embed.", "patch_embed1.").replace("mlp.dwconv.", "mlp.dwconv.dwconv.")
+        for stage in range(4):
+            key = key.replace(f"stages.{stage}.downsample", f"patch_embed{stage + 1}")
+            key = key.replace(f"stages.{stage}.blocks", f"block{stage + 1}")
+            key = key.replace(f"stages.{stage}.norm", f"norm{stage + 1}")
+        original[key] = value
+    torch.save(original, tmp_path / "pvt.pth")
+    loaded = Backbone("pvt_v2_b0", str(tmp_path / "pvt.pth")).model.state_dict()
+    assert torch.equal(loaded["stages_3.norm.weight"], state["stages.3.norm.weight"])
+    assert torch.equal(loaded["stages_2.blocks.1.mlp.fc1.weight"], state["stages.2.blocks.1.mlp.fc1.weight"])
 
 
 def test_backbone_errors_name_key_and_file(tmp_path):
     state = timm.create_model("resnet10t").state_dict()
     incomplete = {k: v for k, v in state.items() if not k.startswith("layer3.")}
     save_file(incomplete, tmp_path / "incomplete.safetensors")
-    with pytest.raises(ValueError, match=r"model\.backbone\.weights.*incomplete.*missing.*layer3"):
+    with pytest.raises(ValueError, match=r"model\.backbone\.weights.*incomplete.*Missing.*layer3"):
         Backbone("resnet10t", str(tmp_path / "incomplete.safetensors"))
     save_file(state | {"layer9.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match=r"more\.safetensors.*unexpected.*layer9"):
+    with pytest.raises(ValueError, match=r"more\.safetensors.*Unexpected.*layer9"):
         Backbone("resnet10t", str(tmp_path / "more.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"model\.backbone\.weights.*nowhere"):
         Backbone("resnet10t", str(tmp_path / "nowhere.pth"))

@@ -33,6 +33,13 @@ def test_seed_and_epoch_change_the_order():
     assert len(orders) == 4
 
 
+def test_shards_are_shuffled_even_with_a_window_of_one_clip():
+    order = epoch_order([10] * 20, seed=0, epoch=0, window=1)
+    shards = [int(clip) // 10 for clip in order[::10]]
+    assert shards != sorted(shards)
+    assert all((order[b : b + 10] == order[b] + range(10)).all() for b in range(0, 200, 10))
+
+
 @quick
 @given(st.integers(1, 8), st.integers(1, 20), st.integers(1, 60), st.integers(0, 99))
 def test_a_window_mixes_consecutive_shards_only(shards, size, window, seed):

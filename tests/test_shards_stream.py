@@ -196,6 +196,16 @@ def test_truncated_and_missing_shards_are_found(copy: Path):
     assert f"{second.name}: the file is missing" in problems
 
 
+def test_a_clip_that_the_index_lost_is_found(copy: Path):
+    def change(data: Any) -> None:
+        del data["shards"][0]["clips"][2]
+        data["shards"][0]["count"] -= 1
+
+    problems = verify(ShardIndex.load(edited(copy, change)), progress=False)
+    assert len(problems) == 1
+    assert "clip train03: expected at offset" in problems[0]
+
+
 class Malicious:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from avs_dist.kernels import tpavi as rank_t
+from avs_dist.launch import bench
 from avs_dist.modules.tpavi import PUBLISHED_NAMES, TPAVI, from_published
 
 CHANNELS, AUDIO = 8, 6
@@ -80,7 +82,8 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], atol: float = 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("key", ["audio", "visual", "both"])
-def test_rank_t_equals_literal(size, time_aligned, training, masked, key):
+def test_rank_t_equals_literal(size, time_aligned, training, masked, key, monkeypatch):
+    monkeypatch.setattr(rank_t, "CPU_CHUNK", 2 * 12 * CHANNELS)  # several groups of frames, the last one smaller
     fast = make_block(time_aligned=time_aligned, key=key, implementation="rank_t").train(training)
     slow = make_block(time_aligned=time_aligned, key=key, implementation="literal").train(training)
     x, audio = make_input(2, *size)
@@ -121,6 +124,14 @@ def test_equals_published_block(training, key, implementation):
     buffers = dict(published.named_buffers())
     for name, buffer in ours.named_buffers():
         torch.testing.assert_close(buffer, buffers[PUBLISHED_NAMES[name]], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_both_keys_give_the_mean_of_the_two():
+    x, audio = make_input(2, 5, 3, 4)
+    both, *single = (make_block(key=key).eval() for key in ("both", "audio", "visual"))
+    for block in single:
+        block.load_state_dict({k: v for k, v in both.state_dict().items() if k in block.state_dict()})
+    torch.testing.assert_close(both(x, audio), (single[0](x, audio) + single[1](x)) / 2)
 
 
 def test_alignment_uses_the_distance_of_query_and_key_seconds():
@@ -247,3 +258,18 @@ def test_backward_stores_scores_and_no_second_copy_of_the_tokens():
     parameters = sum(p.numel() for p in block.parameters())
     scores = frames * positions * (frames + 1)
     assert scores <= sum(stored.values()) - parameters < 4 * scores < x.numel()
+
+
+def test_bench_compares_before_it_times(tmp_path, capsys, monkeypatch):
+    options = ["tpavi", "--sizes", "3", "--channels", "8", "--frames", "2", "--repeats", "2", "--device", "cpu"]
+    path = tmp_path / "bench.json"
+    assert bench.main([*options, "--implementations", "literal", "rank_t", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["implementation"] for row in rows] == ["literal", "rank_t"]
+    assert all(0 < row["best_ms"] <= row["median_ms"] for row in rows)
+    assert "3x3" in capsys.readouterr().out
+    case = bench.Case("rank_t", 3, 1, 2, 8, "cpu", 1)
+    right = rank_t.tpavi
+    monkeypatch.setattr(rank_t, "tpavi", lambda *args: (right(*args)[0] * 1.1, None))
+    with pytest.raises(RuntimeError, match="rank_t at 3x3 is wrong"):
+        bench.measure(case)

@@ -73,8 +73,13 @@ def _from_hub(name: str, options: dict[str, Any]) -> nn.Module:
 
 def _from_file(name: str, path: Path, options: dict[str, Any]) -> nn.Module:
     state = read_state_dict(path, "model.backbone.weights")
+    config = timm.get_pretrained_cfg(name)
+    classifiers = config.classifier if config and config.classifier else ()
+    for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
+    # without a classifier timm loads strictly: a missing or unexpected key is an error that lists it
+    overlay = {"state_dict": state, "classifier": None}
     try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **options)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **options)
     except RuntimeError as error:
         raise ValueError(f"model.backbone.weights: {path} does not fit {name}: {first_lines(error)}") from error
-    return model

@@ -1,0 +1,134 @@
+"""Segmentation and audio-visual matching losses against literal loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from avs_dist.losses import alignment
+from avs_dist.losses.segmentation import binary_cross_entropy
+
+B, T, C, H, W = 2, 3, 4, 2, 3  # feature maps are H x W, logits twice as large
+
+
+def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    features = torch.randn(B, T, H, W, C, dtype=torch.float64).permute(0, 1, 4, 2, 3)
+    return torch.randn(B, T, 2 * H, 2 * W, dtype=torch.float64) * 3, features, torch.randn(B, T, C, dtype=torch.float64)
+
+
+def pooled(values: Tensor, y: int, x: int) -> float:
+    """Mean of the 2 x 2 cell (y, x)."""
+    return values[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean().item()
+
+
+def softmax(values: list[float]) -> list[float]:
+    total = sum(math.exp(v) for v in values)
+    return [math.exp(v) / total for v in values]
+
+
+def kl(target: list[float], value: list[float]) -> float:
+    return sum(p * math.log(p / q) for p, q in zip(softmax(target), softmax(value), strict=True))
+
+
+def sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))
+
+
+def weighted(features: Tensor, weight: dict[tuple[int, int], float], divisor: float) -> list[float]:
+    """Sum over positions of weight * feature [C,H,W], divided."""
+    return [sum(w * features[c, y, x].item() for (y, x), w in weight.items()) / divisor for c in range(C)]
+
+
+def soft_mean(logits: Tensor, features: Tensor) -> list[float]:
+    return weighted(features, {(y, x): sigmoid(pooled(logits, y, x)) for y in range(H) for x in range(W)}, H * W)
+
+
+def frame_loss(variant: str, logits: Tensor, features: Tensor, audio: list[float]) -> float:
+    cells = [(y, x) for y in range(H) for x in range(W)]
+    if variant == "s4_cosine":
+        probability = torch.sigmoid(logits)
+        mask = {cell: float(pooled(probability, *cell) > 0.5) for cell in cells}
+        visual = weighted(features, mask, sum(mask.values()) + 1e-6)
+        norm = math.hypot(*visual) * math.hypot(*audio)
+        cosine = sum(v * a for v, a in zip(visual, audio, strict=True)) / norm if norm else 0.0
+        return -math.log(max(cosine, 0.0) + 1e-6)
+    if variant == "avss_kl":
+        hard = (logits > 0).double()
+        return kl(audio, weighted(features, {cell: pooled(hard, *cell) for cell in cells}, H * W))
+    visual = soft_mean(logits, features)
+    if variant == "ms3_kl":
+        return kl(audio, visual)
+    return math.sqrt(sum((a - v + 1e-6) ** 2 for a, v in zip(audio, visual, strict=True)))
+
+
+@pytest.mark.parametrize("variant", alignment.AUDIO_VISUAL)
+def test_audio_visual_losses_equal_literal_loops(variant):
+    logits, features, audio = make_inputs()
+    logits[1, 1] = -5.0  # an empty mask
+    got = alignment.AUDIO_VISUAL[variant](logits, features, audio)
+    assert got.shape == (B, T)
+    assert got.dtype == torch.float32
+    for b in range(B):
+        for t in range(T):
+            want = frame_loss(variant, logits[b, t], features[b, t], audio[b, t].tolist())
+            assert got[b, t].item() == pytest.approx(want, rel=2e-4, abs=1e-5), (b, t)
+
+
+@pytest.mark.parametrize("variant", alignment.AUDIO_VISUAL)
+def test_only_soft_masks_pass_a_gradient_to_the_logits(variant):
+    logits, features, audio = (value.requires_grad_() for value in make_inputs())
+    alignment.AUDIO_VISUAL[variant](logits, features, audio).sum().backward()
+    soft = variant.startswith("ms3")
+    assert (logits.grad is not None and logits.grad.abs().max() > 0) == soft
+    assert features.grad.abs().max() > 0
+    assert audio.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("variant", alignment.AUDIO_VISUAL)
+def test_an_empty_mask_gives_finite_gradients(variant):
+    logits, features, audio = (value.requires_grad_() for value in make_inputs())
+    alignment.AUDIO_VISUAL[variant](logits - 100.0, features, audio).sum().backward()
+    assert torch.isfinite(features.grad).all()
+    assert torch.isfinite(audio.grad).all()
+
+
+def test_visual_visual_pulls_frames_of_similar_sound_together():
+    logits, features, audio = make_inputs()
+    visual = alignment.soft_masked_mean(logits, features).flatten(0, 1)
+    flat_audio = audio.flatten(0, 1)
+    got = alignment.visual_visual(visual, flat_audio, 0, visual, flat_audio)
+    means = [soft_mean(logits[b, t], features[b, t]) for b in range(B) for t in range(T)]
+    for i in range(B * T):
+        distance = [(flat_audio[i] - flat_audio[j]).norm().item() if j != i else math.inf for j in range(B * T)]
+        assert got[i].item() == pytest.approx(kl(means[distance.index(min(distance))], means[i]), rel=1e-4, abs=1e-6)
+    # the second half of the frames, as another rank sees it
+    half = alignment.visual_visual(visual[3:], flat_audio[3:], 3, visual, flat_audio)
+    torch.testing.assert_close(half, got[3:])
+    assert alignment.visual_visual(visual[:1], flat_audio[:1], 0, visual[:1], flat_audio[:1]).item() == 0
+
+
+def test_binary_cross_entropy_is_the_mean_over_counted_frames():
+    torch.manual_seed(0)
+    logits = torch.randn(B, T, H, W) * 4
+    masks = torch.randint(0, 3, (B, T, H, W))  # class indices count as sounding
+    counted = torch.tensor([[True, False, True], [False, False, True]])
+    total, count = binary_cross_entropy(logits, masks, counted)
+    want = []
+    for b, t in counted.nonzero().tolist():
+        pixels = zip(logits[b, t].flatten().tolist(), masks[b, t].flatten().tolist(), strict=True)
+        want.append(sum(-math.log(sigmoid(z if m else -z)) for z, m in pixels) / (H * W))
+    assert count.item() == 3
+    assert total.item() / count.item() == pytest.approx(sum(want) / 3, rel=1e-5)
+
+
+def test_binary_cross_entropy_is_computed_in_float32_and_does_not_overflow():
+    logits = torch.tensor([[[[1e4, -1e4]]]], dtype=torch.bfloat16, requires_grad=True)
+    total, _ = binary_cross_entropy(logits, torch.tensor([[[[0, 1]]]]), torch.ones(1, 1, dtype=torch.bool))
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(1e4, rel=0.01)
+    total.backward()
+    torch.testing.assert_close(logits.grad.float(), torch.tensor([[[[0.5, -0.5]]]]))
