@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from avs_dist import world
 from avs_dist.clip import Clip
 from avs_dist.config import Config
 from avs_dist.optim import build_optimizer, lr_factor
+from avs_dist.shards import plan
 from avs_dist.systems.base import Prediction, System
 
 
@@ -30,14 +32,10 @@ def micro_batch_size(config: Config) -> int:
     Raises:
         ValueError: train.global_batch does not divide over ranks and accumulation.
     """
-    shares = world.world_size() * config.engine.grad_accumulation
-    size, rest = divmod(config.train.global_batch, shares)
-    if rest or not size:
-        raise ValueError(
-            f"train.global_batch={config.train.global_batch} must be a multiple of world size x "
-            f"engine.grad_accumulation = {world.world_size()} x {config.engine.grad_accumulation}"
-        )
-    return size
+    try:
+        return plan.micro_batch_size(config.train.global_batch, config.engine.grad_accumulation, world.world_size())
+    except ValueError as error:
+        raise ValueError(f"train.global_batch, engine.grad_accumulation: {error}") from error
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
@@ -53,6 +51,16 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def stop() -> None:
+    """Leave the process group; what DeepSpeed keeps of it is dropped too, so that another run may follow."""
+    if "deepspeed" in sys.modules:
+        import deepspeed
+
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+    world.stop()
 
 
 class Engine:
@@ -71,7 +79,8 @@ class Engine:
 
     def describe(self) -> str:
         """One line of facts taken from the live objects."""
-        implementations = sorted({m.implementation for m in self.system.modules() if hasattr(m, "implementation")})
+        modules = self.system.modules()
+        implementations = sorted({str(m.implementation) for m in modules if hasattr(m, "implementation")})
         return (
             f"engine={type(self._engine).__name__} zero_stage={self._engine.zero_optimization_stage()} "
             f"world_size={dist.get_world_size()} device={next(self.system.parameters()).device.type} "
@@ -133,12 +142,6 @@ class Engine:
 
 
 def _wrap(system: System, config: Config) -> Any:
-    # accelerate drops DeepSpeed when asked for the CPU by name, and sees a world of one when asked for nothing; the
-    # process group is already there, and PartialState(cpu=True) before the Accelerator makes it see the true world
-    os.environ.setdefault("ACCELERATE_USE_DEEPSPEED", "true")
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank()))
-    for name, value in {"RANK": world.rank(), "WORLD_SIZE": world.world_size()}.items():
-        os.environ.setdefault(name, str(value))
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -154,15 +157,27 @@ def _wrap(system: System, config: Config) -> Any:
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
     AcceleratorState._reset_state(reset_partial_state=True)  # a second engine in one process starts afresh
+    _launcher_environment()
+    # accelerate drops DeepSpeed when asked for the CPU by name, and sees a world of one when asked for nothing; the
+    # process group is already there, and PartialState(cpu=True) before the Accelerator makes it see the true world
     PartialState(cpu=not torch.cuda.is_available())
-    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False)
-    accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=config.engine.grad_accumulation)
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config(config), zero3_init_flag=False),
+        gradient_accumulation_steps=config.engine.grad_accumulation,
+    )
     if accelerator.num_processes != dist.get_world_size():
         raise RuntimeError(
             f"accelerate sees {accelerator.num_processes} processes, torch.distributed {dist.get_world_size()}"
         )
     engine, _ = accelerator.prepare(system, build_optimizer(system, config.optim))
     return engine
+
+
+def _launcher_environment() -> None:
+    """What accelerate and DeepSpeed read from the environment, for a run without a launcher."""
+    facts = {"LOCAL_RANK": world.local_rank(), "RANK": world.rank(), "WORLD_SIZE": world.world_size()}
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **facts}.items():
+        os.environ.setdefault(name, str(value))
 
 
 def _check_engine(engine: Any, config: Config) -> None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from avs_dist import checkpoint, world
 from avs_dist.config import Config, to_dict
-from avs_dist.engine import Engine, micro_batch_size
+from avs_dist.engine import Engine, micro_batch_size, stop
 from avs_dist.evaluate import evaluate
 from avs_dist.loader import eval_loader, train_batches
 from avs_dist.shards.index import ShardIndex
@@ -29,6 +29,13 @@ def train(config: Config) -> Path:
         RuntimeError: the loss became NaN or infinite (the last checkpoint is whole).
     """
     device = world.start()
+    try:
+        return _train(config, device)
+    finally:
+        stop()
+
+
+def _train(config: Config, device: torch.device) -> Path:
     micro_batch_size(config)  # fail before anything expensive is built
     index = ShardIndex.load(config.data.shards)
     previous = _previous_run(config)
@@ -48,6 +55,8 @@ def train(config: Config) -> Path:
                 saved = checkpoint.save(engine, config, step=step + 1, image_size=index.image_size, metrics=metrics)
     if saved is None:
         raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
+    if world.is_main():
+        print(f"checkpoint: {saved}", flush=True)
     return saved
 
 
@@ -120,7 +129,7 @@ class RunLog:
 
 
 def _open_records(path: Path, first_step: int) -> TextIO:
-    """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, since it is redone."""
+    """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, as it is redone."""
     old = path.read_text().splitlines() if path.is_file() else []
     kept = [line for line in old if json.loads(line)["step"] <= first_step]
     path.write_text("".join(f"{line}\n" for line in kept))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 
-from avs_dist import world
 from avs_dist.config import Config
 from avs_dist.launch.cli import Parser, run
 
@@ -33,15 +32,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
+    config = parse_config(argv)
     from avs_dist.trainer import train  # after parsing, so that --help and errors come at once
 
-    config = parse_config(argv)
-    try:
-        saved = train(config)
-        if world.is_main():
-            print(f"checkpoint: {saved}", flush=True)
-    finally:
-        world.stop()
+    train(config)
     return 0
 
 

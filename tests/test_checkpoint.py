@@ -9,26 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from avs_dist import checkpoint, world
+from avs_dist import checkpoint
 from avs_dist.config import Config
 from avs_dist.launch.train import parse_config
 from avs_dist.trainer import train
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _process_group() -> Iterator[None]:
-    world.start()
-    yield
-    world.stop()
 
 
 @pytest.fixture

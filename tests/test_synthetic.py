@@ -14,6 +14,7 @@ from PIL import Image
 
 from avs_dist.launch.cli import run
 from avs_dist.shards import timbre
+from avs_dist.shards.encode import Mp4Writer
 from avs_dist.shards.render import BACKGROUND, Rendered, render_scene
 from avs_dist.shards.scene import CLASSES, FPS, LABELLED_FRAMES, NUM_FRAMES, SECONDS, TIMBRES, Scene
 from avs_dist.shards.synthetic import scene_of, split_of, write_benchmark
@@ -249,6 +250,27 @@ def test_mp4_sound_is_in_time(data: Path) -> None:
     assert np.abs(energy[0] - energy[1]).max() < 0.03
     lags = [float(np.dot(wav[2000:-2000], np.roll(sound, lag)[2000:-2000])) for lag in range(-40, 41)]
     assert np.argmax(lags) - 40 == 0
+
+
+def test_odd_sizes_are_extended_not_stretched(tmp_path: Path) -> None:
+    grey_HW = np.random.default_rng(0).integers(30, 220, (31, 47), dtype=np.uint8)
+    with Mp4Writer(tmp_path / "odd.mp4", width=47, height=31, fps=FPS, crf=0) as writer:
+        writer.write_frame(np.repeat(grey_HW[..., None], 3, axis=2))
+    with av.open(str(tmp_path / "odd.mp4")) as container:
+        frame_HW = next(container.decode(video=0)).to_ndarray(format="rgb24")[..., 1].astype(int)
+    assert np.abs(frame_HW - np.pad(grey_HW, ((0, 1), (0, 1)), mode="edge")).max() <= 2
+
+
+def test_an_error_leaves_neither_the_file_nor_a_part_of_it(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with Mp4Writer(tmp_path / "clip.mp4", width=32, height=32, fps=FPS) as writer:
+            writer.write_frame(np.zeros((32, 32, 3), dtype=np.uint8))
+            assert list(tmp_path.iterdir()) == [tmp_path / ".clip.mp4.partial"]
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_half()
+    assert not list(tmp_path.iterdir())
 
 
 def test_command_refuses_to_overwrite_and_bad_numbers(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
