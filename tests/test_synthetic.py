@@ -264,7 +264,8 @@ def test_odd_sizes_are_extended_not_stretched(tmp_path: Path) -> None:
 def test_an_error_leaves_neither_the_file_nor_a_part_of_it(tmp_path: Path) -> None:
     def write_half() -> None:
         with Mp4Writer(tmp_path / "clip.mp4", width=32, height=32, fps=FPS) as writer:
-            writer.write_frame(np.zeros((32, 32, 3), dtype=np.uint8))
+            for _ in range(80):  # more than the encoder holds back
+                writer.write_frame(np.zeros((32, 32, 3), dtype=np.uint8))
             assert list(tmp_path.iterdir()) == [tmp_path / ".clip.mp4.partial"]
             raise ValueError("stop")
 

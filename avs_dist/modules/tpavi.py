@@ -72,7 +72,8 @@ class TPAVI(RunningStatistics, nn.Module):
             raise ValueError("model.tpavi.implementation: no Triton kernel for TPAVI yet; use auto, rank_t or literal")
         if channels % 2:
             raise ValueError(f"TPAVI halves its channels inside, so their number must be even, got {channels}")
-        self.key, self.literal = key, implementation == "literal"
+        self.key = key
+        self.implementation = "rank_t" if implementation == "auto" else implementation
         inner = channels // 2
         self.align = nn.Linear(audio_channels, channels) if key != "visual" else None
         self.theta_weight, self.theta_bias = _projection(channels, inner)
@@ -133,7 +134,7 @@ class TPAVI(RunningStatistics, nn.Module):
         running = None if self.training else Running(self.running_mean, self.running_var)
         reduce = all_reduce_sum if world_size() > 1 else None
         rest = (weights, self.alignment, valid_BT, running, reduce)
-        if self.literal:
+        if self.implementation == "literal":
             key_BTPC = x_BTPC if audio_BTC is None else audio_BTC[:, :, None]
             out_BTPC, moments = reference.tpavi(x_BTPC, key_BTPC, *rest)
         elif audio_BTC is None:
