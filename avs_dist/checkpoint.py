@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from avs_dist import world
 from avs_dist.config import Config, config_hash, from_dict, to_dict
 from avs_dist.engine import Engine
-from avs_dist.files import write_text
+from avs_dist.shards.files import write_text
 from avs_dist.systems import build_system
 from avs_dist.systems.base import System
 

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from avs_dist.clip import collate
-from avs_dist.files import write_text
 from avs_dist.overlay import write_overlay
 from avs_dist.shards.audio import clip_log_mel, sound_flag
+from avs_dist.shards.files import write_text
 from avs_dist.shards.schema import MEL_FRAMES, Sample
 from avs_dist.shards.workers import ClipError, MediaWorker, VideoFacts
 from avs_dist.systems.base import System

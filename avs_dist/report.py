@@ -15,8 +15,8 @@ import torch
 
 from avs_dist import report_figures as figures
 from avs_dist import report_html as html
-from avs_dist.files import write_text
 from avs_dist.metrics import frame_iou
+from avs_dist.shards.files import write_text
 
 # rows of `results` that the headline numbers are made of, and how they are called in the table
 ROW_LABELS = {

@@ -17,6 +17,7 @@ from avs_dist.config import Config, to_dict
 from avs_dist.engine import Engine, micro_batch_size, stop
 from avs_dist.evaluate import evaluate
 from avs_dist.loader import eval_loader, train_batches
+from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
 from avs_dist.systems import build_system
 
@@ -91,8 +92,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         if self._main:
             out_dir = Path(self._config.train.out_dir)
-            out_dir.mkdir(parents=True, exist_ok=True)
-            (out_dir / "config.yaml").write_text(yaml.safe_dump(to_dict(self._config), sort_keys=False))
+            write_text(out_dir / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
             self._records = _open_records(out_dir / "metrics.jsonl", self._first_step)
             self._board = SummaryWriter(out_dir / "tensorboard", purge_step=self._first_step)
             self._bar = tqdm(total=self._config.train.max_steps, initial=self._first_step, desc="train", unit="step")
@@ -132,5 +132,5 @@ def _open_records(path: Path, first_step: int) -> TextIO:
     """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, as it is redone."""
     old = path.read_text().splitlines() if path.is_file() else []
     kept = [line for line in old if json.loads(line)["step"] <= first_step]
-    path.write_text("".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in kept))
     return open(path, "a")

@@ -14,7 +14,6 @@ import gc
 import json
 import math
 import multiprocessing
-import os
 import platform
 import re
 import statistics
@@ -34,6 +33,7 @@ from avs_dist.kernels import reference
 from avs_dist.kernels import tpavi as rank_t
 from avs_dist.kernels.reference import TPAVIWeights
 from avs_dist.launch.cli import Parser, run
+from avs_dist.shards.files import write_text
 
 TOLERANCE = 1e-2  # of the largest element; in float32 the literal sums over N tokens lose more digits than ours
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [{**asdict(case), **_measure_apart(case)} for case in tqdm(cases, unit="case", leave=False)]
     print(_table(rows))
     if args.json:
-        _write_json(Path(args.json), {**facts, "op": args.op, "rows": rows})
+        write_text(args.json, json.dumps({**facts, "op": args.op, "rows": rows}, indent=1) + "\n")
     return 0
 
 
@@ -217,16 +217,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
         numbers = [f"{row['median_ms']:.2f}", f"{row['best_ms']:.2f}", f"{row['peak_mib']:.1f}"]
         lines.append(form.format(name, row["implementation"], *numbers, speedup, f"{row['error']:.0e}"))
     return "\n".join(lines)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as handle:
-        json.dump(value, handle, indent=2)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import importlib
 import linecache
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -37,6 +38,11 @@ class Parser(jsonargparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _HelpFormatter)
         kwargs.setdefault("usage", f"{kwargs.get('prog')} [options]")
         super().__init__(*args, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        args = sys.argv[1:] if args is None else args
+        # the deepspeed launcher adds --local_rank=N to every script; we read LOCAL_RANK
+        return super().parse_args([a for a in args if not a.startswith("--local_rank=")], *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +39,6 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [a for a in argv if not a.startswith("--local_rank")]  # the deepspeed launcher adds it; we read LOCAL_RANK
     args = build_parser().parse_args(argv)
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: must be at least 1")
@@ -56,9 +53,9 @@ def _evaluate(args: Any) -> None:
     # after parsing, so that --help and errors come at once
     from avs_dist.checkpoint import find_checkpoint, load_system
     from avs_dist.evaluate import evaluate, results_table
-    from avs_dist.files import write_text
     from avs_dist.loader import eval_loader
     from avs_dist.metrics import DEFINITIONS
+    from avs_dist.shards.files import write_text
 
     device = world.start()
     system, config = load_system(args.checkpoint, device)

@@ -9,8 +9,6 @@ Several --config files compose from left to right; any value can be overridden b
 
 from __future__ import annotations
 
-import sys
-
 from avs_dist.config import Config
 from avs_dist.launch.cli import Parser, run
 
@@ -24,8 +22,6 @@ def build_parser() -> Parser:
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from YAML files and dotted overrides; errors are one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    argv = [a for a in argv if not a.startswith("--local_rank")]  # the deepspeed launcher adds it; we read LOCAL_RANK
     parser = build_parser()
     values = parser.instantiate_classes(parser.parse_args(argv))
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})

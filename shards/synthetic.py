@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import multiprocessing
-import os
 import wave
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from avs_dist.shards.encode import write_clip
+from avs_dist.shards.files import write_text
 from avs_dist.shards.render import render_scene
 from avs_dist.shards.scene import FPS, LABELLED_FRAMES, Scene, plan_scene
 from avs_dist.shards.timbre import SAMPLE_RATE_HZ
@@ -153,14 +154,11 @@ def _csv_path(root: Path, setting: Setting) -> Path:
 
 
 def _write_csv(path: Path, setting: Setting, rows: list[dict[str, str | int]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="") as file:
-        table = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _write_wav(path: Path, waveform_S: np.ndarray) -> None:

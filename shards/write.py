@@ -7,7 +7,8 @@ import os
 import zlib
 from pathlib import Path
 
-from avs_dist.shards.index import ClipEntry, ShardEntry, sync_directory
+from avs_dist.shards.files import sync_directory
+from avs_dist.shards.index import ClipEntry, ShardEntry
 from avs_dist.shards.schema import MAX_CLIP_BYTES, Sample, key_of
 
 # two zero blocks end an archive, and archives are padded to records of 20 blocks

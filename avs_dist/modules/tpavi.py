@@ -44,8 +44,8 @@ class TPAVI(RunningStatistics, nn.Module):
     """out = LayerNorm(BatchNorm(W_z y) + x), y = scores(theta(x), phi(key)) g(x); x -> [B,T,C,H,W] of the same size.
 
     The weights are parameters of this module and not of sub-modules, because all implementations use them directly
-    and ZeRO-3 gathers a parameter only for the forward of the module that owns it. At initialisation the batch
-    normalisation is zero, so the block is LayerNorm(x), as published.
+    and ZeRO-3 gathers a parameter only for the forward of the module that owns it. At initialisation the scale of the
+    batch normalisation is zero, so the block is LayerNorm(x), as published; with `time_aligned` it is one.
 
     Args:
         channels: C of the visual tokens.
@@ -80,7 +80,9 @@ class TPAVI(RunningStatistics, nn.Module):
         self.phi_weight, self.phi_bias = _projection(channels, inner)
         self.g_weight, self.g_bias = _projection(channels, inner)
         self.out_weight, self.out_bias = _projection(inner, channels)
-        self.bn_weight = nn.Parameter(torch.zeros(channels))
+        # time-aligned blocks listen from the first step on; from zero the sound would first have to grow audible, which
+        # costs a run from scratch some hundred steps
+        self.bn_weight = nn.Parameter(torch.full((channels,), 1.0 if time_aligned else 0.0))
         self.bn_bias = nn.Parameter(torch.zeros(channels))
         self.ln_weight = nn.Parameter(torch.ones(channels))
         self.ln_bias = nn.Parameter(torch.zeros(channels))
