@@ -55,12 +55,17 @@ def tpavi(
     q_FPT = scores_FPT + c_BTT.flatten(0, 1)[:, None]
 
     v_BTC = F.linear(F.linear(mean_FC.view(batch, frames, channels), w.g_KC, w.g_bias_K), w.out_CK)
-    moments = None
     if running is None:
-        moments = merge_ranks(_batch_moments(q_FPT, v_BTC, w.out_bias_C, valid_BT), reduce_moments)
-    mean_C, var_C = (moments.mean_C, moments.var_C) if moments is not None else (s.to(dtype) for s in running or ())
+        unbiased = merge_ranks(_batch_moments(q_FPT, v_BTC, valid_BT), reduce_moments)
+        moments = unbiased._replace(mean_C=unbiased.mean_C + w.out_bias_C)
+        # b_z cancels: its gradient is zero, not rounding noise that Adam would blow up to whole steps, and it stays in
+        # the graph, since every parameter must get a gradient
+        offset_C, var_C = 0.0 * w.out_bias_C - unbiased.mean_C, unbiased.var_C
+    else:
+        moments = None
+        offset_C, var_C = w.out_bias_C - running.mean_C.to(dtype), running.var_C.to(dtype)
     scale_C = w.bn_weight_C * torch.rsqrt(var_C + EPS)
-    shift_C = w.bn_bias_C + (w.out_bias_C - mean_C) * scale_C
+    shift_C = w.bn_bias_C + offset_C * scale_C
 
     v_FTC = (v_BTC * scale_C)[:, None].expand(batch, frames, frames, channels).flatten(0, 1)
     out_FPC = _write(x_FPC, q_FPT, v_FTC, shift_C, w.ln_weight_C, w.ln_bias_C)
@@ -108,8 +113,8 @@ def _masked(out_BTPC: Tensor, valid_BT: Tensor | None) -> Tensor:
     return out_BTPC if valid_BT is None else out_BTPC * valid_BT[:, :, None, None].to(out_BTPC.dtype)
 
 
-def _batch_moments(q_FPT: Tensor, v_BTC: Tensor, out_bias_C: Tensor, valid_BT: Tensor | None) -> Moments:
-    """Moments of z_i = sum_t q_it v_t + b_z over the tokens of existing frames, from the centred moments of q."""
+def _batch_moments(q_FPT: Tensor, v_BTC: Tensor, valid_BT: Tensor | None) -> Moments:
+    """Moments of sum_t q_it v_t over the tokens of existing frames, from the centred moments of q."""
     batch, frames, _ = v_BTC.shape
     q_BNT = q_FPT.view(batch, -1, frames)
     tokens = q_BNT.shape[1]
@@ -123,7 +128,7 @@ def _batch_moments(q_FPT: Tensor, v_BTC: Tensor, out_bias_C: Tensor, valid_BT: T
     if valid_BT is not None:
         centred_BNT = centred_BNT * valid_BT.repeat_interleave(tokens // frames, 1)[..., None].to(q_BNT.dtype)
     covariance_BTT = centred_BNT.transpose(1, 2) @ centred_BNT * scale_B11
-    mean_BC = (mean_B1T @ v_BTC)[:, 0] + out_bias_C
+    mean_BC = (mean_B1T @ v_BTC)[:, 0]
     var_BC = ((covariance_BTT @ v_BTC) * v_BTC).sum(1).clamp_min(0.0)
     return merge_groups(count_B, mean_BC, var_BC)
 

@@ -136,9 +136,9 @@ def _report(plan: Plan, out: Path, run_dir: Path, results: dict[str, dict[str, f
         panels=panels,
         overlay=overlay,
         notes=[
-            f"A time-aligned TPAVI and TPAVI as published, each trained from scratch for {plan.steps} steps on synthetic "
-            "clips in which objects start and stop to sound each second. All numbers are from the test split, which the "
-            "training never saw.",
+            f"A time-aligned TPAVI and TPAVI as published, each trained from scratch for {plan.steps} steps on "
+            "synthetic clips in which objects start and stop to sound each second. All numbers are from the test "
+            "split, which the training never saw.",
             f"The same model painted the film {FILM} (predict/{Path(FILM).stem}/overlay.mp4). It has only ever seen "
             "synthetic shapes, so that video shows that real media go through, not that the model understands them.",
         ],
