@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ def last_checkpoint(out_dir: str | Path) -> Path | None:
     return Path(answer) if answer else None
 
 
-def resume(engine: Engine, config: Config, checkpoint: Path) -> int:
+def resume(engine: Engine, config: Config, checkpoint: Path, image_size: int) -> int:
     """Load the training state; returns the number of steps done.
 
     Raises:
-        ValueError: damaged files, another config, world size or ZeRO stage than at the save.
+        ValueError: damaged files, another config, world size, ZeRO stage or frame size than at the save.
     """
     manifest = _verified_manifest(checkpoint)
-    now = {"world_size": world.world_size(), "config_hash": resume_hash(config)}
+    now = {"world_size": world.world_size(), "image_size": image_size, "config_hash": resume_hash(config)}
     for key, value in now.items():
         if manifest[key] != value:
             raise ValueError(
@@ -99,14 +100,16 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     for root in (_root(path), path):
         for pointer in ("best.json", "last.json"):
-            if (root / pointer).is_file():
-                return root / json.loads((root / pointer).read_text())["folder"]
+            folder = _pointed(root / pointer)
+            if folder is not None:
+                return folder
     raise FileNotFoundError(f"no checkpoint in {path}: expected {MANIFEST} or checkpoints/best.json (avs-dist train)")
 
 
 def load_system(checkpoint: str | Path, device: torch.device | str = "cpu") -> tuple[System, Config]:
     """System with its trained weights, in evaluation mode, and the config it was trained with."""
     folder = find_checkpoint(checkpoint)
+    _verify(folder, ("config.yaml", "model.safetensors"))
     config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
     system = build_system(config, load_pretrained=False)
     system.load_state_dict(load_file(folder / "model.safetensors"))
@@ -115,7 +118,7 @@ def load_system(checkpoint: str | Path, device: torch.device | str = "cpu") -> t
 
 def image_size(checkpoint: str | Path) -> int:
     """Side in pixels of the frames the checkpoint was trained on."""
-    return int(json.loads((find_checkpoint(checkpoint) / MANIFEST).read_text())["image_size"])
+    return int(_manifest(find_checkpoint(checkpoint))["image_size"])
 
 
 def _root(out_dir: str | Path) -> Path:
@@ -140,21 +143,41 @@ def _seal(folder: Path, config: Config, **facts: Any) -> None:
     _write_json(folder / MANIFEST, manifest)
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MANIFEST).read_text())
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}; delete {folder}") from error
+
+
 def _verified_manifest(folder: Path) -> dict[str, Any]:
     """Manifest of a checkpoint after its files were checked; they are unpickled by DeepSpeed, so hashes come first."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    problem = None
+    manifest = _manifest(folder)
+    problem: str | None = None
     if world.is_main():
-        for name, facts in manifest["files"].items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != facts["bytes"]:
-                problem = f"{path} is missing or has another size than the manifest says"
-            elif _sha256(path) != facts["sha256"]:
-                problem = f"{path} is damaged: its sha256 differs from the manifest"
-    problem = world.broadcast_object(problem)
+        try:
+            _verify(folder, manifest["files"])
+        except ValueError as error:
+            problem = str(error)
+    problem = world.broadcast_object(problem)  # rank 0 reads, all ranks stop together
     if problem:
-        raise ValueError(f"{problem}; delete {folder} to continue from an older checkpoint")
+        raise ValueError(problem)
     return manifest
+
+
+def _verify(folder: Path, names: Iterable[str]) -> None:
+    """Check sizes and hashes of some files of a checkpoint against its manifest.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    files = _manifest(folder)["files"]
+    for name in names:
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != files[name]["bytes"]:
+            raise ValueError(f"{path} is missing or has another size than the manifest says; use another checkpoint")
+        if _sha256(path) != files[name]["sha256"]:
+            raise ValueError(f"{path} is damaged: its sha256 differs from the manifest; use another checkpoint")
 
 
 def _sha256(path: Path) -> str:
@@ -162,19 +185,29 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def _pointed(pointer: Path) -> Path | None:
+    """Folder that last.json or best.json names, if it is (still) there."""
+    if not pointer.is_file():
+        return None
+    folder = pointer.parent / json.loads(pointer.read_text())["folder"]
+    return folder if (folder / MANIFEST).is_file() else None
+
+
 def _point(root: Path, final: Path, step: int, metrics: dict[str, float]) -> None:
     entry = {"folder": final.name, "step": step, **metrics}
     best = root / "best.json"
-    if "miou" in metrics and (not best.is_file() or json.loads(best.read_text()).get("miou", -1.0) <= metrics["miou"]):
+    if "miou" in metrics and (
+        _pointed(best) is None or json.loads(best.read_text()).get("miou", -1.0) <= metrics["miou"]
+    ):
         _write_json(best, entry)
     _write_json(root / "last.json", entry)
 
 
 def _prune(root: Path) -> None:
     """Keep only what last.json and best.json point to."""
-    keep = {json.loads(p.read_text())["folder"] for p in (root / "last.json", root / "best.json") if p.is_file()}
+    keep = {_pointed(root / "last.json"), _pointed(root / "best.json")}
     for folder in root.glob("step-*"):
-        if folder.name not in keep:
+        if folder not in keep:
             shutil.rmtree(folder)
 
 

@@ -15,6 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise ValueError(f"{key}={value}: must be at least {least}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the clips come from.
@@ -32,6 +37,10 @@ class DataConfig:
     eval_split: str = "val"
     workers: int = 2
     shuffle_window: int = 4096
+
+    def __post_init__(self) -> None:
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.shuffle_window", self.shuffle_window, 1)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ class TPAVIConfig:
         stages: Backbone stages that carry a TPAVI block (0 is the finest); empty = no audio at all.
         time_aligned: Learn a T x T mixing of the scores, so that a pixel knows its own second (ours).
         key: Attend to audio (paper: va), to visual tokens (vv), or the mean of both.
-        implementation: "rank_t" (exact, fast), "literal" (the published N x N formula) or "auto".
+        implementation: "rank_t" (exact, fast), "literal" (the published N x N formula), "auto" (the fastest there is);
+            "triton" is not there yet.
     """
 
     stages: tuple[int, ...] = (0, 1, 2, 3)
@@ -142,6 +152,10 @@ class OptimConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     clip_norm: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "warmup_steps", "clip_norm"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -156,6 +170,9 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least("engine.grad_accumulation", self.grad_accumulation, 1)
 
 
 @dataclass(frozen=True)
@@ -178,6 +195,11 @@ class TrainConfig:
     log_every: int = 10
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch", "log_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.eval_every", self.eval_every, 0)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -190,6 +212,9 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

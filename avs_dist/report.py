@@ -156,9 +156,7 @@ def headlines(results: Mapping[str, Mapping[str, float]]) -> list[html.Card]:
             cards.append(html.Card(html.signed(results[name]["miou"] - real["miou"]), f"mIoU {label}", meaning))
     if "not aligned" in results:
         gain = html.signed(real["miou"] - results["not aligned"]["miou"])
-        meaning = (
-            "Gain over the published TPAVI block, which cannot tell which second a sound belongs to; same training."
-        )
+        meaning = "Gain over the published TPAVI block, which cannot tell which second a sound belongs to."
         cards.append(html.Card(gain, "mIoU by time alignment", meaning))
     if "f_score" in real:
         meaning = (

@@ -39,12 +39,15 @@ def train(config: Config) -> Path:
 def _train(config: Config, device: torch.device) -> Path:
     micro_batch_size(config)  # fail before anything expensive is built
     index = ShardIndex.load(config.data.shards)
+    _check_splits(index, config)
     previous = _previous_run(config)
     torch.manual_seed(config.seed)
     engine = Engine(build_system(config), config, device)
-    done = checkpoint.resume(engine, config, previous) if previous else 0
+    done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
     if world.is_main():
         print(engine.describe(), flush=True)
+        if config.train.resume:
+            print(f"resumed from {previous}" if previous else f"no checkpoint in {config.train.out_dir}: from step 0")
 
     saved = previous
     with RunLog(config, first_step=done) as log:
@@ -59,6 +62,14 @@ def _train(config: Config, device: torch.device) -> Path:
     if world.is_main():
         print(f"checkpoint: {saved}", flush=True)
     return saved
+
+
+def _check_splits(index: ShardIndex, config: Config) -> None:
+    """Refuse before the first step what would otherwise fail at the first evaluation."""
+    for key in ("train_split", "eval_split"):
+        split = getattr(config.data, key)
+        if not any(clip.labelled for shard in index.split(split) for clip in shard.clips):
+            raise ValueError(f"data.{key}={split}: no clip of this split in {config.data.shards} has a mask")
 
 
 def _previous_run(config: Config) -> Path | None:
@@ -129,8 +140,9 @@ class RunLog:
 
 
 def _open_records(path: Path, first_step: int) -> TextIO:
-    """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, as it is redone."""
+    """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, as it is redone,
+    and so is a line torn by a crash."""
     old = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in old if json.loads(line)["step"] <= first_step]
+    kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= first_step]
     write_text(path, "".join(f"{line}\n" for line in kept))
     return open(path, "a")

@@ -25,7 +25,7 @@ def start() -> torch.device:
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
     if not is_distributed():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "MASTER_ADDR" in os.environ:  # RANK alone may be left over from an earlier run in this process
+        if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # one alone may be left over
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -79,12 +79,14 @@ def run(command: str, argv: list[str] | None = None) -> int:
     module = importlib.import_module(f"avs_dist.launch.{command}")
     try:
         return module.main(argv)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         return _fail(command, f"error: {error}", 2)
     except ValueError as error:
         if not _raised_here(error):
             raise
-        return _fail(command, f"error: {error}", 2)
+        return _fail(command, f"error: {str(error).strip().splitlines()[-1]}", 2)
+    except KeyboardInterrupt:
+        return _fail(command, "interrupted", 130)
     except RuntimeError as error:
         if not _raised_here(error):
             raise
@@ -98,6 +100,8 @@ def _fail(command: str, message: str, code: int) -> int:
 
 def _raised_here(error: BaseException) -> bool:
     """Whether a raise statement of ours made it (a message for the user), not a library (a bug: show the traceback)."""
+    if type(error).__module__.startswith("avs_dist."):
+        return True  # also when a loader process raised it and torch raises it again
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

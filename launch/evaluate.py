@@ -1,6 +1,6 @@
 """Measure a checkpoint on one split of the shards; the sound can be muted or swapped, to see what it contributes.
 
-    avs-dist evaluate --checkpoint runs/demo --split test --audio all --json runs/demo/evaluate.json
+    avs-dist evaluate --checkpoint runs/demo/train --split test --audio all --json runs/demo/evaluate.json
     torchrun --nproc_per_node 8 launch/evaluate.py --checkpoint runs/ms3
 
 --audio: "real" is each clip's own sound, "muted" is digital silence, "swapped" is the sound of another clip of the
@@ -51,16 +51,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: Any) -> None:
     # after parsing, so that --help and errors come at once
-    from avs_dist.checkpoint import find_checkpoint, load_system
+    from avs_dist.checkpoint import find_checkpoint, image_size, load_system
     from avs_dist.evaluate import evaluate, results_table
     from avs_dist.loader import eval_loader
     from avs_dist.metrics import DEFINITIONS
     from avs_dist.shards.files import write_text
+    from avs_dist.shards.index import ShardIndex
 
     device = world.start()
     system, config = load_system(args.checkpoint, device)
     if args.shards is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=args.shards))
+    trained, built = image_size(args.checkpoint), ShardIndex.load(config.data.shards).image_size
+    if trained != built:
+        raise ValueError(f"trained on {trained} x {trained} frames, {config.data.shards} holds {built} x {built}")
     results = {}
     for audio in AUDIO_SOURCES if args.audio == "all" else (args.audio,):
         batches = eval_loader(config, args.split, args.batch, world.rank(), world.world_size(), audio=audio)

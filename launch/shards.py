@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         ("info", _folder_parser(info_help), info_help),
     ):
         actions.add_subcommand(name, action, help=text)
-        action.prog = f"avs-dist shards {name}"  # errors then name the command as it is typed
+        action.prog = f"avs-dist shards {name}"  # errors and help then name the command as it is typed
+        action.usage = f"{action.prog} {'[options]' if name == 'build' else 'DIR'}"
     arguments = parser.parse_args(argv)
     options = arguments[arguments.action]
     if arguments.action == "build":

@@ -220,7 +220,9 @@ def _reasons(skipped: Sequence[dict[str, str]]) -> str:
 
 def _settings(config: BuildConfig, jobs: Sequence[ClipJob]) -> dict[str, Any]:
     """What decides the bytes of the shards (not: workers, deadline, the place of the folders)."""
-    listing = "\n".join(f"{j.split}\t{j.name}\t{j.start_s}\t{_relative(j.path, config.root)}" for j in jobs)
+    listing = "\n".join(
+        f"{j.split}\t{j.name}\t{j.start_s}\t{_relative(j.path, config.root)}\t{_size(j.path)}" for j in jobs
+    )
     return {
         "schema_version": SCHEMA_VERSION,
         "source": config.source,
@@ -233,6 +235,11 @@ def _settings(config: BuildConfig, jobs: Sequence[ClipJob]) -> dict[str, Any]:
         "clips": len(jobs),
         "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
     }
+
+
+def _size(path: Path) -> int:
+    """Bytes of a media file, so that other contents under the same name are noticed; 0 for a folder of pictures."""
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -22,15 +22,17 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{key}: no such file: {path}")
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{key}: {path} is no state dict of plain tensors: {first_lines(error)}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+    if not isinstance(state, dict):
+        raise ValueError(f"{key}: {path} holds a {type(state).__name__}, not a state dict")
     return state
 
 
