@@ -45,7 +45,7 @@ def save(engine: Engine, config: Config, *, step: int, image_size: int, metrics:
     if world.is_main():
         save_file(weights, staging / "model.safetensors")
         (staging / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        _seal(staging, config, step=step, image_size=image_size, metrics=metrics)
+        seal(staging, config, step=step, image_size=image_size, metrics=metrics)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
         _point(root, final, step, metrics)
@@ -125,7 +125,7 @@ def _root(out_dir: str | Path) -> Path:
     return Path(out_dir) / "checkpoints"
 
 
-def _seal(folder: Path, config: Config, **facts: Any) -> None:
+def seal(folder: Path, config: Config, **facts: Any) -> None:
     """Write the manifest last: its presence says that everything else is complete and on disk."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -145,9 +145,12 @@ def _seal(folder: Path, config: Config, **facts: Any) -> None:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except ValueError as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged: {error}; delete {folder}") from error
+        raise ValueError(f"{folder / MANIFEST} is damaged: {error}; use another checkpoint") from error
+    if not isinstance(manifest, dict) or "files" not in manifest:
+        raise ValueError(f"{folder / MANIFEST} is not the manifest of a checkpoint: it lists no files")
+    return manifest
 
 
 def _verified_manifest(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,22 @@ def test_other_settings_or_damage_are_refused_at_resume(config: Config) -> None:
     weights.write_bytes(data)
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         train(_with_train(config, resume=True))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        checkpoint.load_system(folder)
+
+
+def test_a_pointer_to_a_deleted_folder_is_ignored(config: Config) -> None:
+    folder = train(_with_train(config, max_steps=1))
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.find_checkpoint(config.train.out_dir)
+
+
+def test_a_split_without_masks_is_refused_before_the_first_step(config: Config) -> None:
+    wrong = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_split="vall"))
+    with pytest.raises(ValueError, match="no split 'vall'"):
+        train(wrong)
+    assert not Path(config.train.out_dir).exists()
 
 
 def test_pointers_and_loading(config: Config) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from avs_dist.checkpoint import seal
 from avs_dist.clip import Clip
 from avs_dist.config import AudioConfig, BackboneConfig, Config, ModelConfig, NeckConfig, TPAVIConfig, to_dict
 from avs_dist.launch.cli import run
@@ -255,7 +256,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = build_system(config, load_pretrained=False).state_dict()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    (folder / "manifest.json").write_text(json.dumps({"image_size": 64}))
+    seal(folder, config, step=0, image_size=64, metrics={})
     return folder
 
 
