@@ -14,6 +14,7 @@ import torch
 from avs_dist.launch.cli import Parser, run
 from avs_dist.shards.build import BuildConfig, build
 from avs_dist.shards.index import ShardIndex
+from avs_dist.shards.schema import INDEX_FILE
 from avs_dist.shards.verify import describe, verify
 
 BUILD_HELP = """Turn raw clips into shards.
@@ -79,7 +80,10 @@ def _folder_parser(description: str) -> Parser:
 
 def _build(options: Any) -> int:
     torch.set_num_threads(1)  # the clips are what runs in parallel
+    finished_before = (options.out / INDEX_FILE).is_file()
     index = build(BuildConfig(**vars(options)))
+    if finished_before:
+        print(f"{options.out} was already built: nothing done")
     print(describe(index))
     return 0
 
