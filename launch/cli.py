@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib
 import linecache
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -85,6 +86,9 @@ def run(command: str, argv: list[str] | None = None) -> int:
         if not _raised_here(error):
             raise
         return _fail(command, f"error: {str(error).strip().splitlines()[-1]}", 2)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
     except RuntimeError as error:
