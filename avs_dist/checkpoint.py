@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,8 @@ def last_checkpoint(out_dir: str | Path) -> Path | None:
     """The newest whole checkpoint of a run; rank 0 looks, all ranks get its answer."""
     found: str | None = None
     if world.is_main():
-        whole = [p for p in sorted(_root(out_dir).glob("step-*")) if (p / MANIFEST).is_file()]
-        found = str(whole[-1]) if whole else None
+        whole = [p for p in _root(out_dir).glob("step-*") if (p / MANIFEST).is_file()]
+        found = str(max(whole, key=lambda p: int(p.name.removeprefix("step-")))) if whole else None
     answer = world.broadcast_object(found)
     return Path(answer) if answer else None
 
@@ -109,7 +108,8 @@ def find_checkpoint(path: str | Path) -> Path:
 def load_system(checkpoint: str | Path, device: torch.device | str = "cpu") -> tuple[System, Config]:
     """System with its trained weights, in evaluation mode, and the config it was trained with."""
     folder = find_checkpoint(checkpoint)
-    _verify(folder, ("config.yaml", "model.safetensors"))
+    files = _manifest(folder)["files"]
+    _verify(folder, {name: files[name] for name in ("config.yaml", "model.safetensors")})
     config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
     system = build_system(config, load_pretrained=False)
     system.load_state_dict(load_file(folder / "model.safetensors"))
@@ -168,18 +168,17 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verify(folder: Path, names: Iterable[str]) -> None:
-    """Check sizes and hashes of some files of a checkpoint against its manifest.
+def _verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Check sizes and hashes of files of a checkpoint, as its manifest lists them.
 
     Raises:
         ValueError: naming the file.
     """
-    files = _manifest(folder)["files"]
-    for name in names:
+    for name, facts in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != files[name]["bytes"]:
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise ValueError(f"{path} is missing or has another size than the manifest says; use another checkpoint")
-        if _sha256(path) != files[name]["sha256"]:
+        if _sha256(path) != facts["sha256"]:
             raise ValueError(f"{path} is damaged: its sha256 differs from the manifest; use another checkpoint")
 
 

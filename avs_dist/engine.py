@@ -96,6 +96,7 @@ class Engine:
         # every random draw of a step depends on (seed, step, rank) alone, so that a resumed run repeats it exactly
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + world.rank())
         self._engine.train()
+        self._set_learning_rate(step)
         totals: dict[str, Tensor] = {}
         for clip in micro_batches:
             terms = self._engine("loss_terms", clip.to(self.device, self.dtype), step)
@@ -107,7 +108,6 @@ class Engine:
                 means = _rank_mean(totals)
                 _require_finite(means, step)
             self._engine.backward(loss)
-            self._set_learning_rate(step)
             self._engine.step()
         return means
 
@@ -132,13 +132,14 @@ class Engine:
         self._engine.load_checkpoint(str(folder), tag="state")
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights and buffers of the system, unsharded, on the CPU in float32; collective, in order."""
+        """Copies of all weights and buffers of the system, unsharded, on the CPU in float32; collective, in order."""
         import deepspeed
 
         for name, value in self.system.state_dict(keep_vars=True).items():
             with deepspeed.zero.GatheredParameters([value], enabled=hasattr(value, "ds_id")):
-                tensor = value.detach().cpu()
-            yield name, tensor.float() if tensor.is_floating_point() else tensor
+                dtype = torch.float32 if value.is_floating_point() else value.dtype
+                tensor = value.detach().to("cpu", dtype, copy=True)
+            yield name, tensor
 
 
 def _wrap(system: System, config: Config) -> Any:

@@ -52,9 +52,6 @@ class ClipReader:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def name(self, clip: int) -> str:
-        return self._entries[clip][1].name
-
     def samples(self, clips: Iterable[int]) -> Iterator[Sample]:
         """Decoded samples of the clips, in order.
 
