@@ -80,9 +80,10 @@ def test_first_step_is_the_adam_step_computed_by_hand(device: torch.device) -> N
         torch.testing.assert_close(weight, before[name] - 0.1 * grad / (grad.abs() + 1e-8))
 
 
+@pytest.mark.parametrize("stage", [0, 1])  # ZeRO skips a step with NaN gradients by itself, stage 0 does not
 @pytest.mark.parametrize("bad_micro_batch", [0, 1])
-def test_nan_stops_the_run_before_the_weights_change(bad_micro_batch: int, device: torch.device) -> None:
-    engine = _engine(_config(accumulation=2), device)
+def test_nan_stops_the_run_before_the_weights_change(bad_micro_batch: int, stage: int, device: torch.device) -> None:
+    engine = _engine(_config(stage, accumulation=2), device)
     before = dict(engine.full_weights())
     clips = _clips(2)
     clips[bad_micro_batch] = _clips(2, bad=True)[0]
