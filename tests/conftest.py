@@ -1,8 +1,13 @@
-"""Fixtures shared by the tests: one thread per process, a seed, and small shards made by the real commands."""
+"""Fixtures shared by the tests: one thread per process, a seed, and small shards made by the real commands.
+
+On a bare GPU host (torch, triton, numpy and pytest only) nothing but the kernel tests, test_kernel_*, is collected.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two ranks run side by side in some tests
@@ -10,14 +15,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two r
 import pytest
 import torch
 
-from avs_dist.launch import shards, synth
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: without a GPU the kernels are interpreted
 
 ROOT = Path(__file__).resolve().parents[1]
+ABSENT = [name for name in ("jsonargparse", "webdataset", "deepspeed") if importlib.util.find_spec(name) is None]
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    other = collection_path.suffix == ".py" and not collection_path.name.startswith("test_kernel_")
+    return True if ABSENT and other else None
+
+
+def pytest_report_header() -> str | None:
+    return f"not installed: {', '.join(ABSENT)}; only the kernel tests are collected" if ABSENT else None
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN (the largest integer for integers), so that what a kernel forgets to write is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ms3_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """20 synthetic MS3 clips of 64 x 64 as media files."""
+    from avs_dist.launch import synth
+
     out = tmp_path_factory.mktemp("clips")
     assert synth.main(["--out", str(out), "--setting", "ms3", "--clips", "20", "--seed", "3", "--size", "64"]) == 0
     return out
@@ -37,6 +64,8 @@ def ms3_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def ms3_shards(ms3_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards built from `ms3_clips`."""
+    from avs_dist.launch import shards
+
     out = tmp_path_factory.mktemp("shards")
     source = ["build", "--source", "avsbench-ms3", "--root", str(ms3_clips), "--out", str(out), "--size", "64"]
     assert shards.main(source) == 0

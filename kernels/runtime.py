@@ -1,0 +1,130 @@
+"""How kernels are chosen, checked and launched: one place for all ops.
+
+AVS_KERNELS=auto    Triton on a GPU, except at sizes where it was measured to lose; torch elsewhere (default)
+AVS_KERNELS=torch   never Triton
+AVS_KERNELS=triton  always Triton; without a GPU this needs TRITON_INTERPRET=1, set before triton is first imported
+
+Arithmetic, stated once for all kernels: inputs of any floating type are converted to float32 after the load and summed
+in float32; products of matrices take the precision that `dot_precision` names; multiply-adds are fused. Sums that cross
+programs are written as partials and added in a fixed order, never with atomics, so every result is bit-repeatable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CHOICES = ("auto", "torch", "triton")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+_log = logging.getLogger(__name__)
+_logged: set[tuple[str, str]] = set()
+
+
+class Launch(NamedTuple):
+    """One kernel launch: what the compiler sees of it."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+_backend = "hip" if torch.version.hip else "cuda"
+
+
+def use_triton(op: str, tensor: Tensor, wins: bool = True) -> bool:
+    """Whether `op` runs its Triton kernel on this tensor; the first decision of each kind is logged.
+
+    Args:
+        wins: False where the kernel was measured to lose against torch at this size; AVS_KERNELS=triton overrules it.
+
+    Raises:
+        ValueError: AVS_KERNELS is none of auto, torch, triton; triton is forced where it cannot run.
+    """
+    if _recorded is not None:
+        return True
+    choice = os.environ.get("AVS_KERNELS", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"AVS_KERNELS must be one of {', '.join(CHOICES)}, got '{choice}'")
+    if choice == "triton" and not tensor.is_cuda and not INTERPRETED:
+        raise ValueError(
+            f"AVS_KERNELS=triton: {op} got a tensor on {tensor.device}; Triton needs a GPU (or, to debug, "
+            "TRITON_INTERPRET=1 from the start)"
+        )
+    chosen = choice == "triton" or (choice == "auto" and tensor.is_cuda and wins)
+    _log_once(op, f"{'triton' if chosen else 'torch'} (AVS_KERNELS={choice}, {tensor.device.type})")
+    return chosen
+
+
+def _log_once(op: str, decision: str) -> None:
+    if (op, decision) not in _logged:
+        _logged.add((op, decision))
+        _log.info("%s: %s", op, decision)
+
+
+def check(
+    op: str, name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    """Compare a tensor with what `op` expects; None in `shape` stands for any size.
+
+    Raises:
+        ValueError: says what was expected and what came.
+    """
+    fits = tensor.ndim == len(shape) and all(s in (None, t) for s, t in zip(shape, tensor.shape, strict=True))
+    if fits and tensor.dtype in dtypes and tensor.device == device:
+        return
+    sizes = ", ".join("any" if s is None else str(s) for s in shape)
+    kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    got = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+    raise ValueError(f"{op}: {name} must be [{sizes}] {kinds} on {device}, got {got}")
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of tl.dot for operands that came from tensors of this type.
+
+    float32 keeps float32 accuracy (three TF32 products, or plain float32 where the hardware has no TF32); values that
+    came from 16-bit tensors lose nothing in one TF32 product.
+    """
+    if _backend == "hip":
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constants: Any
+) -> None:
+    """Run a kernel on the device of its first tensor; `constants` are its tl.constexpr arguments."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, constants, num_warps, num_stages))
+        return
+    if 0 in grid:
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+        kernel[grid](*args, **constants, **options)
+
+
+@contextlib.contextmanager
+def recording(backend: str = "cuda") -> Iterator[list[Launch]]:
+    """Within it launches are noted for ahead-of-time compilation instead of run: outputs stay uninitialised.
+
+    Args:
+        backend: "cuda" or "hip", decides what depends on the hardware, such as `dot_precision`.
+    """
+    global _recorded, _backend
+    before = _recorded, _backend
+    _recorded, _backend = [], backend
+    try:
+        yield _recorded
+    finally:
+        _recorded, _backend = before
