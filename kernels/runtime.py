@@ -26,6 +26,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _log = logging.getLogger(__name__)
 _logged: set[tuple[str, str]] = set()
+last_choice: dict[str, bool] = {}  # op -> whether its latest call chose Triton; the benchmark shows it
 
 
 class Launch(NamedTuple):
@@ -36,6 +37,10 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 _recorded: list[Launch] | None = None
@@ -62,6 +67,7 @@ def use_triton(op: str, tensor: Tensor, wins: bool = True) -> bool:
             "TRITON_INTERPRET=1 from the start)"
         )
     chosen = choice == "triton" or (choice == "auto" and tensor.is_cuda and wins)
+    last_choice[op] = chosen
     _log_once(op, f"{'triton' if chosen else 'torch'} (AVS_KERNELS={choice}, {tensor.device.type})")
     return chosen
 
@@ -89,6 +95,11 @@ def check(
     raise ValueError(f"{op}: {name} must be [{sizes}] {kinds} on {device}, got {got}")
 
 
+def backend() -> str:
+    """What the next launch is compiled for: "cuda" or "hip"."""
+    return _backend
+
+
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot for operands that came from tensors of this type.
 
@@ -104,14 +115,14 @@ def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 1, **constants: Any
 ) -> None:
     """Run a kernel on the device of its first tensor; `constants` are its tl.constexpr arguments."""
+    made = Launch(kernel, args, constants, num_warps, num_stages)
     if _recorded is not None:
-        _recorded.append(Launch(kernel, args, constants, num_warps, num_stages))
+        _recorded.append(made)
         return
     if 0 in grid:
         return
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-        kernel[grid](*args, **constants, **options)
+        kernel[grid](*args, **constants, **made.options)
 
 
 @contextlib.contextmanager

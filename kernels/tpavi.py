@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from avs_dist.kernels import runtime
 from avs_dist.kernels.moments import Moments, Reduce, merge_groups, merge_ranks
-from avs_dist.kernels.reference import EPS, Running, TPAVIWeights, batch_norm, mixing_matrix
+from avs_dist.kernels.reference import EPS, Running, TPAVIWeights, batch_norm, l2_normalised, mixing_matrix
+from avs_dist.kernels.tpavi_triton import TPAVIFunction
 
 CPU_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
 
@@ -37,20 +39,65 @@ def tpavi(
     valid_BT: Tensor | None = None,
     running: Running | None = None,
     reduce_moments: Reduce | None = None,
+    l2_normalise: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """Audio-visual TPAVI; same result, arguments and returns as `reference.tpavi` with the audio repeated as key.
 
-    bfloat16 and float16 tokens are computed with in float32 and returned in their own type.
-    """
-    batch, frames, positions, channels = x_BTPC.shape
-    dtype = _accumulation_type(x_BTPC)
-    w = TPAVIWeights(*(value.to(dtype) for value in weights))
-    audio_BTC = audio_BTC.to(dtype)
-    mixing_BTT = mixing_matrix(audio_BTC, alignment, valid_BT)
+    Runs on Triton or torch as `runtime` decides. bfloat16 and float16 tokens are computed with in float32 and returned
+    in their own type; float64 stays float64. Tokens and gradients may have any strides.
 
-    phi_BTK = F.linear(audio_BTC, w.phi_KC, w.phi_bias_K)
-    u_BTTC = mixing_BTT[..., None] * (phi_BTK @ w.theta_KC)[:, None]
-    c_BTT = mixing_BTT * (phi_BTK @ w.theta_bias_K)[:, None]
+    Raises:
+        ValueError: sizes or devices do not fit.
+    """
+    _check(x_BTPC, audio_BTC, valid_BT)
+    form = tpavi_triton if runtime.use_triton("tpavi", x_BTPC) else tpavi_torch
+    return form(x_BTPC, audio_BTC, weights, alignment, valid_BT, running, reduce_moments, l2_normalise)
+
+
+@torch.compiler.disable  # the kernels are compiled already; a graph break costs less than tracing their launches
+def tpavi_triton(
+    x_BTPC: Tensor,
+    audio_BTC: Tensor,
+    weights: TPAVIWeights,
+    alignment: Tensor | None = None,
+    valid_BT: Tensor | None = None,
+    running: Running | None = None,
+    reduce_moments: Reduce | None = None,
+    l2_normalise: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """`tpavi` on Triton, see tpavi_triton.py."""
+    w, audio_BTC = _prepare(x_BTPC, audio_BTC, weights, l2_normalise)
+    mixing_BTT = mixing_matrix(audio_BTC, alignment, valid_BT)
+    u_BTC, c_BT = _audio_side(audio_BTC, w)
+    running_C = (None, None) if running is None else (running.mean_C.to(u_BTC.dtype), running.var_C.to(u_BTC.dtype))
+    matrices = (w.g_KC, w.g_bias_K, w.out_CK, w.out_bias_C)
+    norms = (w.bn_weight_C, w.bn_bias_C, w.ln_weight_C, w.ln_bias_C)
+    rest = (*running_C, valid_BT, l2_normalise, reduce_moments)
+    out_BTPC, count, mean_C, var_C = TPAVIFunction.apply(x_BTPC, u_BTC, c_BT, mixing_BTT, *matrices, *norms, *rest)
+    if running is not None:
+        return out_BTPC, None
+    return out_BTPC, Moments(count, mean_C + w.out_bias_C.detach(), var_C)
+
+
+def tpavi_torch(
+    x_BTPC: Tensor,
+    audio_BTC: Tensor,
+    weights: TPAVIWeights,
+    alignment: Tensor | None = None,
+    valid_BT: Tensor | None = None,
+    running: Running | None = None,
+    reduce_moments: Reduce | None = None,
+    l2_normalise: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """`tpavi` in torch operations."""
+    w, audio_BTC = _prepare(x_BTPC, audio_BTC, weights, l2_normalise)
+    if l2_normalise:
+        x_BTPC = l2_normalised(x_BTPC.to(audio_BTC.dtype)).to(x_BTPC.dtype)
+    batch, frames, positions, channels = x_BTPC.shape
+    mixing_BTT = mixing_matrix(audio_BTC, alignment, valid_BT)
+    u_BTC, c_BT = _audio_side(audio_BTC, w)
+    u_BTTC = mixing_BTT[..., None] * u_BTC[:, None]
+    c_BTT = mixing_BTT * c_BT[:, None]
     x_FPC, scores_FPT, mean_FC = _read(x_BTPC.reshape(-1, positions, channels), u_BTTC.flatten(0, 1))
     q_FPT = scores_FPT + c_BTT.flatten(0, 1)[:, None]
 
@@ -63,7 +110,7 @@ def tpavi(
         offset_C, var_C = 0.0 * w.out_bias_C - unbiased.mean_C, unbiased.var_C
     else:
         moments = None
-        offset_C, var_C = w.out_bias_C - running.mean_C.to(dtype), running.var_C.to(dtype)
+        offset_C, var_C = w.out_bias_C - running.mean_C.to(u_BTC.dtype), running.var_C.to(u_BTC.dtype)
     scale_C = w.bn_weight_C * torch.rsqrt(var_C + EPS)
     shift_C = w.bn_bias_C + offset_C * scale_C
 
@@ -79,11 +126,14 @@ def tpavi_visual(
     valid_BT: Tensor | None = None,
     running: Running | None = None,
     reduce_moments: Reduce | None = None,
+    l2_normalise: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """Visual-visual TPAVI (the key is x itself): linear attention, O(N K^2); equals `reference.tpavi(x, x, ...)`."""
     dtype = _accumulation_type(x_BTPC)
     w = TPAVIWeights(*(value.to(dtype) for value in weights))
     x = x_BTPC.to(dtype)
+    if l2_normalise:
+        x = l2_normalised(x)
     mixing_BTT = mixing_matrix(x, alignment, valid_BT)
     y_BTPK = linear_attention(
         F.linear(x, w.theta_KC, w.theta_bias_K),
@@ -103,6 +153,32 @@ def linear_attention(query_BTPK: Tensor, key_BTPK: Tensor, value_BTPK: Tensor, m
     state_BTKK = key_BTPK.transpose(2, 3) @ value_BTPK / key_BTPK.shape[2]
     mixed_BTKK = (mixing_BTT @ state_BTKK.flatten(2)).view(state_BTKK.shape)
     return query_BTPK @ mixed_BTKK
+
+
+def _check(x_BTPC: Tensor, audio_BTC: Tensor, valid_BT: Tensor | None) -> None:
+    floats, device = (*runtime.FLOATS, torch.float64), x_BTPC.device
+    runtime.check("tpavi", "x_BTPC", x_BTPC, (None, None, None, None), floats, device)
+    batch, frames, _, channels = x_BTPC.shape
+    runtime.check("tpavi", "audio_BTC", audio_BTC, (batch, frames, channels), floats, device)
+    if valid_BT is not None:
+        runtime.check("tpavi", "valid_BT", valid_BT, (batch, frames), (torch.bool,), device)
+
+
+def _prepare(
+    x_BTPC: Tensor, audio_BTC: Tensor, weights: TPAVIWeights, l2_normalise: bool
+) -> tuple[TPAVIWeights, Tensor]:
+    """Weights and audio in the accumulation type; the audio normalised, if the variant asks for it."""
+    dtype = _accumulation_type(x_BTPC)
+    audio_BTC = audio_BTC.to(dtype)
+    return TPAVIWeights(*(value.to(dtype) for value in weights)), (
+        l2_normalised(audio_BTC) if l2_normalise else audio_BTC
+    )
+
+
+def _audio_side(audio_BTC: Tensor, w: TPAVIWeights) -> tuple[Tensor, Tensor]:
+    """u_BTC and c_BT: the score of token x_i and second t is x_i . u_t + c_t."""
+    phi_BTK = F.linear(audio_BTC, w.phi_KC, w.phi_bias_K)
+    return phi_BTK @ w.theta_KC, phi_BTK @ w.theta_bias_K
 
 
 def _accumulation_type(x: Tensor) -> torch.dtype:
