@@ -90,14 +90,16 @@ class TPAVIConfig:
         stages: Backbone stages that carry a TPAVI block (0 is the finest); empty = no audio at all.
         time_aligned: Learn a T x T mixing of the scores, so that a pixel knows its own second (ours).
         key: Attend to audio (paper: va), to visual tokens (vv), or the mean of both.
-        implementation: "rank_t" (exact, fast), "literal" (the published N x N formula), "auto" (the fastest there is);
-            "triton" is not there yet.
+        implementation: "auto" (the fastest there is: Triton on a GPU, torch elsewhere), or one of the same result:
+            "triton", "rank_t" (the same form in torch), "literal" (the published N x N formula).
+        l2_normalise: Normalise tokens and audio over the channels first, as ECMVAE does.
     """
 
     stages: tuple[int, ...] = (0, 1, 2, 3)
     time_aligned: bool = False
     key: Literal["audio", "visual", "both"] = "audio"
     implementation: Literal["auto", "triton", "rank_t", "literal"] = "auto"
+    l2_normalise: bool = False
 
 
 @dataclass(frozen=True)

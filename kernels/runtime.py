@@ -54,22 +54,32 @@ def use_triton(op: str, tensor: Tensor, wins: bool = True) -> bool:
         wins: False where the kernel was measured to lose against torch at this size; AVS_KERNELS=triton overrules it.
 
     Raises:
-        ValueError: AVS_KERNELS is none of auto, torch, triton; triton is forced where it cannot run.
+        ValueError: AVS_KERNELS is none of auto, torch, triton; or it is triton where that cannot run.
     """
     if _recorded is not None:
         return True
     choice = os.environ.get("AVS_KERNELS", "auto")
     if choice not in CHOICES:
         raise ValueError(f"AVS_KERNELS must be one of {', '.join(CHOICES)}, got '{choice}'")
-    if choice == "triton" and not tensor.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f"AVS_KERNELS=triton: {op} got a tensor on {tensor.device}; Triton needs a GPU (or, to debug, "
-            "TRITON_INTERPRET=1 from the start)"
-        )
+    if choice == "triton":
+        require_triton(op, tensor)
     chosen = choice == "triton" or (choice == "auto" and tensor.is_cuda and wins)
     last_choice[op] = chosen
     _log_once(op, f"{'triton' if chosen else 'torch'} (AVS_KERNELS={choice}, {tensor.device.type})")
     return chosen
+
+
+def require_triton(op: str, tensor: Tensor) -> None:
+    """Refuse a tensor that Triton cannot work on.
+
+    Raises:
+        ValueError: it is not on a GPU, and kernels are neither interpreted nor recorded.
+    """
+    if not tensor.is_cuda and not INTERPRETED and _recorded is None:
+        raise ValueError(
+            f"{op}: Triton was asked for, but the tensor is on {tensor.device}; it needs a GPU (or, to debug, "
+            "TRITON_INTERPRET=1 from the start)"
+        )
 
 
 def _log_once(op: str, decision: str) -> None:
@@ -103,8 +113,8 @@ def backend() -> str:
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of tl.dot for operands that came from tensors of this type.
 
-    float32 keeps float32 accuracy (three TF32 products, or plain float32 where the hardware has no TF32); values that
-    came from 16-bit tensors lose nothing in one TF32 product.
+    float32 keeps float32 accuracy (three TF32 products, or plain float32 where the hardware has no TF32). Beside
+    values that came from 16-bit tensors one TF32 product is enough: it rounds no coarser than they were.
     """
     if _backend == "hip":
         return "ieee"

@@ -65,7 +65,12 @@ def tpavi_triton(
     reduce_moments: Reduce | None = None,
     l2_normalise: bool = False,
 ) -> tuple[Tensor, Moments | None]:
-    """`tpavi` on Triton, see tpavi_triton.py."""
+    """`tpavi` on Triton, see tpavi_triton.py.
+
+    Raises:
+        ValueError: the tensors are not on a GPU, and the kernels are not interpreted.
+    """
+    runtime.require_triton("tpavi", x_BTPC)
     w, audio_BTC = _prepare(x_BTPC, audio_BTC, weights, l2_normalise)
     mixing_BTT = mixing_matrix(audio_BTC, alignment, valid_BT)
     u_BTC, c_BT = _audio_side(audio_BTC, w)

@@ -219,8 +219,6 @@ def test_bfloat16_is_computed_in_float32_and_keeps_its_running_statistics():
 
 
 def test_errors_name_the_setting():
-    with pytest.raises(ValueError, match=r"model\.tpavi\.implementation"):
-        TPAVI(8, 6, implementation="triton")
     with pytest.raises(ValueError, match="even"):
         TPAVI(7, 6)
     with pytest.raises(ValueError, match="32 frames, got 33"):

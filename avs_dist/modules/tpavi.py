@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from avs_dist.kernels import reference
+from avs_dist.kernels import reference, runtime
 from avs_dist.kernels import tpavi as rank_t
 from avs_dist.kernels.moments import Moments, update_running
 from avs_dist.kernels.reference import Running, TPAVIWeights
@@ -53,10 +53,12 @@ class TPAVI(RunningStatistics, nn.Module):
         time_aligned: weight the score of a pixel of second t0 with the sound of second t by a learnable function of
             t0 - t, added to the published 1/T (up to 32 frames; one at t0 = t at initialisation).
         key: "audio" (published va), "visual" (vv), or "both": the mean of the two outputs, with the same weights.
-        implementation: "rank_t", or the N x N formula "literal"; "auto" takes the fastest there is.
+        implementation: the rank-T form on "triton" (GPU) or as torch operations, "rank_t"; the N x N formula
+            "literal"; "auto" takes the fastest there is, see AVS_KERNELS in kernels/runtime.py.
+        l2_normalise: normalise tokens and audio over the channels first, and add the normalised tokens (ECMVAE).
 
     Raises:
-        ValueError: "triton", which does not exist yet; an odd number of channels.
+        ValueError: an odd number of channels.
     """
 
     def __init__(
@@ -66,14 +68,14 @@ class TPAVI(RunningStatistics, nn.Module):
         time_aligned: bool = False,
         key: Literal["audio", "visual", "both"] = "audio",
         implementation: Literal["auto", "triton", "rank_t", "literal"] = "auto",
+        l2_normalise: bool = False,
     ) -> None:
         super().__init__()
-        if implementation == "triton":
-            raise ValueError("model.tpavi.implementation: no Triton kernel for TPAVI yet; use auto, rank_t or literal")
         if channels % 2:
             raise ValueError(f"TPAVI halves its channels inside, so their number must be even, got {channels}")
         self.key = key
-        self.implementation = "rank_t" if implementation == "auto" else implementation
+        self.l2_normalise = l2_normalise
+        self._requested = implementation
         inner = channels // 2
         self.align = nn.Linear(audio_channels, channels) if key != "visual" else None
         self.theta_weight, self.theta_bias = _projection(channels, inner)
@@ -97,6 +99,13 @@ class TPAVI(RunningStatistics, nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    @property
+    def implementation(self) -> str:
+        """What runs where the parameters are: triton, rank_t or literal."""
+        if self._requested != "auto":
+            return self._requested
+        return "triton" if self.key != "visual" and runtime.use_triton("tpavi", self.ln_weight) else "rank_t"
 
     def project_audio(self, audio_BTD: Tensor) -> Tensor:
         """Audio in the channels of the visual tokens [B,T,C]: the phi input, and the audio side of the AVM losses.
@@ -135,14 +144,15 @@ class TPAVI(RunningStatistics, nn.Module):
         weights = self._weights()
         running = None if self.training else Running(self.running_mean, self.running_var)
         reduce = all_reduce_sum if world_size() > 1 else None
-        rest = (weights, self.alignment, valid_BT, running, reduce)
-        if self.implementation == "literal":
+        rest = (weights, self.alignment, valid_BT, running, reduce, self.l2_normalise)
+        if self._requested == "literal":
             key_BTPC = x_BTPC if audio_BTC is None else audio_BTC[:, :, None]
             out_BTPC, moments = reference.tpavi(x_BTPC, key_BTPC, *rest)
         elif audio_BTC is None:
             out_BTPC, moments = rank_t.tpavi_visual(x_BTPC, *rest)
         else:
-            out_BTPC, moments = rank_t.tpavi(x_BTPC, audio_BTC, *rest)
+            forms = {"auto": rank_t.tpavi, "triton": rank_t.tpavi_triton, "rank_t": rank_t.tpavi_torch}
+            out_BTPC, moments = forms[self._requested](x_BTPC, audio_BTC, *rest)
         if moments is not None:
             self._track(moments)
         return out_BTPC

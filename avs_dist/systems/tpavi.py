@@ -54,6 +54,7 @@ class TPAVISystem(System):
                     time_aligned=model.tpavi.time_aligned,
                     key=model.tpavi.key,
                     implementation=model.tpavi.implementation,
+                    l2_normalise=model.tpavi.l2_normalise,
                 )
                 for stage in sorted(model.tpavi.stages)
             }
