@@ -135,7 +135,7 @@ def tpavi_visual(
 ) -> tuple[Tensor, Moments | None]:
     """Visual-visual TPAVI (the key is x itself): linear attention, O(N K^2); equals `reference.tpavi(x, x, ...)`."""
     dtype = _accumulation_type(x_BTPC)
-    w = TPAVIWeights(*(value.to(dtype) for value in weights))
+    w = _cast(weights, dtype)
     x = x_BTPC.to(dtype)
     if l2_normalise:
         x = l2_normalised(x)
@@ -175,9 +175,16 @@ def _prepare(
     """Weights and audio in the accumulation type; the audio normalised, if the variant asks for it."""
     dtype = _accumulation_type(x_BTPC)
     audio_BTC = audio_BTC.to(dtype)
-    return TPAVIWeights(*(value.to(dtype) for value in weights)), (
-        l2_normalised(audio_BTC) if l2_normalise else audio_BTC
-    )
+    return _cast(weights, dtype), l2_normalised(audio_BTC) if l2_normalise else audio_BTC
+
+
+def _cast(weights: TPAVIWeights, dtype: torch.dtype) -> TPAVIWeights:
+    """Weights of the given type, contiguous; one conversion, as twelve launches would take longer than the work."""
+    if all(value.dtype == dtype for value in weights):
+        return TPAVIWeights(*(value.contiguous() for value in weights))
+    flat = torch.cat([value.reshape(-1) for value in weights]).to(dtype)
+    parts = flat.split([value.numel() for value in weights])
+    return TPAVIWeights(*(part.view(value.shape) for part, value in zip(parts, weights, strict=True)))
 
 
 def _audio_side(audio_BTC: Tensor, w: TPAVIWeights) -> tuple[Tensor, Tensor]:

@@ -130,14 +130,14 @@ class TPAVI(RunningStatistics, nn.Module):
         """
         batch, frames, channels, height, width = x_BTCHW.shape
         x_BTPC = x_BTCHW.permute(0, 1, 3, 4, 2).reshape(batch, frames, height * width, channels)
-        outputs = []
         if self.key != "audio":
-            outputs.append(self._attend(x_BTPC, None, valid_BT))
+            out_BTPC = visual_BTPC = self._attend(x_BTPC, None, valid_BT)
         if self.key != "visual":
             if audio_BTD is None:
                 raise ValueError(f"TPAVI with key={self.key} needs audio_BTD")
-            outputs.append(self._attend(x_BTPC, self.project_audio(audio_BTD), valid_BT))
-        out_BTPC = outputs[0] if len(outputs) == 1 else (outputs[0] + outputs[1]) / 2
+            out_BTPC = self._attend(x_BTPC, self.project_audio(audio_BTD), valid_BT)
+        if self.key == "both":
+            out_BTPC = (visual_BTPC + out_BTPC) / 2
         return out_BTPC.view(batch, frames, height, width, channels).permute(0, 1, 4, 2, 3)
 
     def _attend(self, x_BTPC: Tensor, audio_BTC: Tensor | None, valid_BT: Tensor | None) -> Tensor:
