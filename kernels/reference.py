@@ -253,16 +253,16 @@ def codebook_update(
 
 
 def clone_noise(seed_C: Tensor, dims: int) -> Tensor:
-    """Float32 numbers [C,dims], uniform in (-1, 1) and fixed by seed and dimension: equal on all ranks and devices.
+    """Float32 numbers [C,dims], uniform in [-1, 1] and fixed by seed and dimension: equal on all ranks and devices.
 
-    An integer hash of two multiplications modulo 2^32; its upper 23 bits plus one half are exact in float32.
+    A mixed seed times a mixed dimension, modulo 2^32 as a signed number, over 2^31.
     """
     dim_D = torch.arange(dims, device=seed_C.device)
-    word_CD = (seed_C[:, None] * 0x27D4EB2F + dim_D[None, :] * 0x165667B1 + 0x3C6EF372) & 0xFFFFFFFF
-    word_CD = ((word_CD ^ (word_CD >> 15)) * 0x2C1B3C6D) & 0xFFFFFFFF
-    word_CD = ((word_CD ^ (word_CD >> 12)) * 0x297A2D39) & 0xFFFFFFFF
-    word_CD = (word_CD ^ (word_CD >> 15)) >> 9
-    return (word_CD.float() + 0.5) * 2.0**-22 - 1.0
+    factor_C, factor_D = (
+        (((x ^ (x >> 15)) * 0x2C1B3C6D & 0x7FFFFFFF) | 1).int()
+        for x in ((seed_C * 0x27D4EB2F + 0x165667B1) & 0x7FFFFFFF, (dim_D * 0x297A2D39 + 0x3C6EF372) & 0x7FFFFFFF)
+    )
+    return (factor_C[:, None] * factor_D).float() * 2.0**-31
 
 
 class DenoiserWeights(NamedTuple):

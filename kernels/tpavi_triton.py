@@ -137,12 +137,13 @@ class TPAVIFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         norms, (mean_C, var_C, valid_BT, l2_normalise, reduce) = Norms(*rest[:4]), rest[4:]
         plan = Plan.of(x_BTPC, l2_normalise)
-        q_FPT, x_mean_BTC, parts = _read(plan, x_BTPC, u_BTC, c_BT, mixing_BTT, valid_BT)
+        q_FPT, x_mean_BTC, mean_FST, square_FSTT = _read(plan, x_BTPC, u_BTC, c_BT, mixing_BTT, valid_BT)
         g_BTK = F.linear(x_mean_BTC, g_KC, g_bias_K)
         v_BTC = F.linear(g_BTK, out_CK)
-        count, clip_moments = None, ()
+        count: Tensor | None = None
+        clip_moments: tuple[Tensor, ...] = ()
         if mean_C is None:
-            clip_moments, local = _moments(plan, *parts, v_BTC, valid_BT)
+            clip_moments, local = _moments(plan, mean_FST, square_FSTT, v_BTC, valid_BT)
             count, mean_C, var_C = merge_ranks(local, reduce)
         else:
             mean_C = mean_C - out_bias_C  # running statistics are those of W_z y = z + b_z
@@ -188,7 +189,9 @@ class TPAVIFunction(torch.autograd.Function):
         return *inputs, *matrices, dbn_weight_C, dbn_bias_C, dln_weight_C, dln_bias_C, *[None] * 5
 
 
-def _read(plan: Plan, x_BTPC: Tensor, u_BTC: Tensor, c_BT: Tensor, mixing_BTT: Tensor, valid_BT: Tensor | None) -> Any:
+def _read(
+    plan: Plan, x_BTPC: Tensor, u_BTC: Tensor, c_BT: Tensor, mixing_BTT: Tensor, valid_BT: Tensor | None
+) -> tuple[Tensor, ...]:
     """Scores, means of x over the positions of a frame, and the partial moments of the scores."""
     batch, frames, positions, channels = plan.shape
     split = plan.read_pass()
@@ -200,7 +203,7 @@ def _read(plan: Plan, x_BTPC: Tensor, u_BTC: Tensor, c_BT: Tensor, mixing_BTT: T
     tensors = (x_BTPC, u_BTC, c_BT, mixing_BTT, valid_BT, q_FPT, sums_FSC, mean_FST, square_FSTT)
     plan.launch(read_kernel, split, *tensors, positions, split.splits, *x_BTPC.stride())
     x_mean_BTC = sums_FSC.sum(1).div_(positions).view(batch, frames, channels)
-    return q_FPT, x_mean_BTC, (mean_FST, square_FSTT)
+    return q_FPT, x_mean_BTC, mean_FST, square_FSTT
 
 
 def _moments(
