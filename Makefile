@@ -1,7 +1,7 @@
 # make demo   set up .venv, train on a synthetic benchmark, paint a real film: everything lands in runs/demo/
 # make test   set up .venv, run the tests
 # make lint   ruff and mypy
-# make bench  time TPAVI against the published formula
+# make bench  time the kernels against their literal formulas and the best of torch, on this machine
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python launch/bench.py tpavi
+	$(BIN)/python launch/bench.py kernels
 
 # rebuilt whenever the requirements change; the stamp is written last, so a broken install is not taken for a whole one
 $(INSTALLED): setup.py constraints.txt

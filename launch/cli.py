@@ -1,4 +1,6 @@
-"""The `avs-dist` command: one dispatcher, one parser class, one place where user errors become one line and exit 2.
+"""The `avs-dist` command: one dispatcher, and one place where user errors become one line and exit 2.
+
+Needs the standard library only: a command imports what it needs, `bench` no more than torch, triton and numpy.
 
 avs-dist <command> [options]        avs-dist <command> --help
 """
@@ -12,10 +14,7 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
-
-import jsonargparse
+from typing import NoReturn
 
 COMMANDS = {
     "synth": "make a synthetic benchmark of real media files",
@@ -28,22 +27,11 @@ COMMANDS = {
 }
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
-    """jsonargparse's help, with the line breaks of the descriptions kept."""
+class OneLineErrors:
+    """For an argparse parser: its errors are one line that names the nearest option, and exit code 2."""
 
-
-class Parser(jsonargparse.ArgumentParser):
-    """jsonargparse parser whose errors are one clear line and exit code 2."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", _HelpFormatter)
-        kwargs.setdefault("usage", f"{kwargs.get('prog')} [options]")
-        super().__init__(*args, **kwargs)
-
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        args = sys.argv[1:] if args is None else args
-        # the deepspeed launcher adds --local_rank=N to every script; we read LOCAL_RANK
-        return super().parse_args([a for a in args if not a.startswith("--local_rank=")], *rest, **kwargs)
+    prog: str
+    _actions: list[argparse.Action]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(str(message).split())

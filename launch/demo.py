@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from avs_dist.launch.cli import Parser, run
+from avs_dist.launch.cli import run
+from avs_dist.launch.parser import Parser
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 FILM = "bigbuckbunny.mp4"

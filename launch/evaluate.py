@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from avs_dist import world
-from avs_dist.launch.cli import Parser, run
+from avs_dist.launch.cli import run
+from avs_dist.launch.parser import Parser
 
 AUDIO_SOURCES: tuple[Literal["real", "muted", "swapped"], ...] = ("real", "muted", "swapped")
 

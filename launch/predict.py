@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avs_dist.launch.cli import Parser, run
+from avs_dist.launch.cli import run
+from avs_dist.launch.parser import Parser
 
 
 def build_parser() -> Parser:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from avs_dist.launch.cli import Parser, run
+from avs_dist.launch.cli import run
+from avs_dist.launch.parser import Parser
 from avs_dist.shards.build import BuildConfig, build
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.schema import INDEX_FILE

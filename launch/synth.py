@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from avs_dist.launch.cli import Parser, run
+from avs_dist.launch.cli import run
+from avs_dist.launch.parser import Parser
 from avs_dist.shards.synthetic import write_benchmark
 
 

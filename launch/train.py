@@ -10,7 +10,8 @@ Several --config files compose from left to right; any value can be overridden b
 from __future__ import annotations
 
 from avs_dist.config import Config
-from avs_dist.launch.cli import Parser, run
+from avs_dist.launch.cli import run
+from avs_dist.launch.parser import Parser
 
 
 def build_parser() -> Parser:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from avs_dist.kernels import tpavi as rank_t
-from avs_dist.launch import bench
 from avs_dist.modules.tpavi import PUBLISHED_NAMES, TPAVI, from_published
 
 CHANNELS, AUDIO = 8, 6
@@ -256,18 +254,3 @@ def test_backward_stores_scores_and_no_second_copy_of_the_tokens():
     parameters = sum(p.numel() for p in block.parameters())
     scores = frames * positions * (frames + 1)
     assert scores <= sum(stored.values()) - parameters < 4 * scores < x.numel()
-
-
-def test_bench_compares_before_it_times(tmp_path, capsys, monkeypatch):
-    options = ["tpavi", "--sizes", "3", "--channels", "8", "--frames", "2", "--repeats", "2", "--device", "cpu"]
-    path = tmp_path / "bench.json"
-    assert bench.main([*options, "--implementations", "literal", "rank_t", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["implementation"] for row in rows] == ["literal", "rank_t"]
-    assert all(0 < row["best_ms"] <= row["median_ms"] for row in rows)
-    assert "3x3" in capsys.readouterr().out
-    case = bench.Case("rank_t", 3, 1, 2, 8, "cpu", 1)
-    right = rank_t.tpavi
-    monkeypatch.setattr(rank_t, "tpavi", lambda *args: (right(*args)[0] * 1.1, None))
-    with pytest.raises(RuntimeError, match="rank_t at 3x3 is wrong"):
-        bench.measure(case)
