@@ -53,8 +53,11 @@ def main(argv: list[str] | None = None) -> int:
             raise RuntimeError(f"the ceilings of this device cannot be measured: {failure}")
         for number, case in enumerate(cases, start=1):
             sys.stderr.write(f"[{number}/{len(cases)}] {case}\n")
-            rows.append((case, worker.call(measure, case, limit_s=args.limit_s)))
+            result = worker.call(measure, case, limit_s=args.limit_s)
+            rows.append((case, result))
             _write(args, facts, rates, rows)  # after each case: a run that is cut off keeps what it has
+            if any("graph_failed" in figures for figures in result.get("modes", {}).values()):
+                worker.stop()  # what broke the capture may spoil the next case in this process
     finally:
         worker.stop()
     print(report.markdown(facts, rates, rows))

@@ -200,7 +200,7 @@ def test_the_table_compares_like_with_like_and_shows_losses():
     assert cells[1:9] == ["200", "5 / 80", "10 / 50", "10-10", "800 GB/s", "20% of copy", "4x", "**0.50x**"]
     assert "| - | 10 / 50 |" in second
     assert "needs about 900 GiB" in table
-    assert "auto takes at hw=7 B=4 T=5 C=256 float32: tpavi torch" in table
+    assert "auto takes torch for tpavi at hw=7 B=4 T=5 C=256 float32" in table
 
 
 def test_ceilings_are_rates_of_this_device():

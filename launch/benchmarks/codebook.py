@@ -12,13 +12,15 @@ from torch import Tensor
 from avs_dist.kernels import codebook, reference
 from avs_dist.kernels.reference import CodebookState, Observed
 from avs_dist.launch.benchmarks.ceilings import float32_products
-from avs_dist.launch.benchmarks.problem import Case, Op, Problem, Size, Work, choose, compiled, needs_memory
+from avs_dist.launch.benchmarks.problem import Case, Op, Problem, Size, Work, compiled, force_kernels, needs_memory
 
 Precision = Literal["fp32", "tf32", "half"]
 
 MODALITIES = 2
 DECAY, SMOOTHING, RESET_AFTER = 0.99, 1e-5, 300
-MOST_LITERAL_TOKENS = 2560
+# (N, L): the literal step takes seconds, and compiling takes longer than measuring
+MEASURED_LITERALLY = {(160, 400), (1600, 400), (2560, 400)}
+COMPILED = {(1600, 400), (2560, 400), (16384, 1024)}
 # fp32 is exact between distances that differ by more than rounding; the fast modes pick a code that is nearly nearest
 TOLERANCES = {"gemm": 2e-3, "gemm tf32": 2e-2, "compiled": 2e-3, "ours": 2e-3, "ours tf32": 2e-2, "ours half": 5e-2}
 PRECISIONS: dict[str, Precision] = {"ours": "fp32", "ours tf32": "tf32", "ours half": "half"}
@@ -132,7 +134,7 @@ def _work(case: Case) -> dict[str, Work]:
 def _form(case: Case) -> Form:
     name = case.implementation
     if name in PRECISIONS:
-        choose("triton")
+        force_kernels(case)
         return Form(partial(_our_assign, precision=PRECISIONS[name]), _our_update)
     if name == "literal":
         return LITERAL
@@ -212,10 +214,11 @@ GEMM = Form(_gemm_assign, _gemm_update)
 
 def _included(case: Case) -> bool:
     name, on_gpu = case.implementation, case.device == "cuda" or case.tiny
+    size = (case.size["N"], case.size["L"])
     if name == "literal":
-        return case.size["N"] <= MOST_LITERAL_TOKENS
+        return case.tiny or size in MEASURED_LITERALLY
     if name == "compiled":
-        return case.tiny or case.size["N"] in (1600, 2560) or (case.size["N"] == 16384 and case.device == "cuda")
+        return case.tiny or size in COMPILED
     return on_gpu or name not in ("gemm tf32", "ours tf32", "ours half")  # elsewhere all products are float32
 
 

@@ -24,17 +24,22 @@ def measure(case: Case) -> dict[str, Any]:
         torch.cuda.empty_cache()  # what an earlier case left
     try:
         problem = OPS[case.op].prepare(case)
-        call = list(problem.modes.values())[-1]
-        # the first call also loads and compiles, so that this counts neither as time nor as memory
-        got = [value.detach().clone() for value in call()]
+        return _compare_and_time(case, problem)
     except Skip as reason:
         return {"skipped": str(reason)}
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         return {"skipped": "out of memory"}
+
+
+def _compare_and_time(case: Case, problem: Problem) -> dict[str, Any]:
+    call = list(problem.modes.values())[-1]
+    try:
+        # the first call also loads and compiles, so that this counts neither as time nor as memory
+        got = [value.detach().clone() for value in call()]
     except Exception as failure:
-        if case.implementation != "compiled":
+        if case.implementation != "compiled" or isinstance(failure, torch.OutOfMemoryError):
             raise
-        return {"skipped": f"torch.compile: {' '.join(str(failure).split())[:120]}"}
+        raise Skip(f"torch.compile: {' '.join(str(failure).split())[:120]}") from failure
     error = relative_error(got, problem.exact())
     del got
     if problem.tolerance is not None and not error <= problem.tolerance:  # NaN is wrong too

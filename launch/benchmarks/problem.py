@@ -91,10 +91,9 @@ def needs_memory(case: Case, num_bytes: float) -> None:
         raise Skip(f"needs about {num_bytes / 2**30:.0f} GiB, {free / 2**30:.0f} are free")
 
 
-def choose(form: str) -> None:
-    """Kernels of this process run on "triton" where it can run, or on "torch"."""
-    can = torch.cuda.is_available() or runtime.INTERPRETED
-    os.environ["AVS_KERNELS"] = form if form != "triton" or can else "torch"
+def force_kernels(case: Case) -> None:
+    """The library's ops in this process run on Triton, wherever it can run, whatever `auto` would choose."""
+    os.environ["AVS_KERNELS"] = "triton" if case.device == "cuda" or runtime.INTERPRETED else "torch"
 
 
 def compiled(function: Form, case: Case) -> Form:

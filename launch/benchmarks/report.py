@@ -82,14 +82,21 @@ def _op_tables(name: str, rows: Rows, rates: dict[str, float]) -> str:
         for mode, figures in result.get("modes", {}).items()
         if "graph_failed" in figures
     ]
-    notes += [_choice(case, result["auto"]) for case, result in rows if "auto" in result]
+    notes += _choices_of_auto(rows)
     closing = ["Notes:\n\n" + "\n".join(notes)] if notes else []
     return "\n\n".join([f"### {name}: {op.title}", legend, *tables, *closing])
 
 
-def _choice(case: Case, auto: dict[str, str]) -> str:
-    forms = ", ".join(f"{op} {form}" for op, form in auto.items())
-    return f"- auto takes at {describe(case.size)} {case.dtype}: {forms}"
+def _choices_of_auto(rows: Rows) -> list[str]:
+    """Where AVS_KERNELS=auto leaves the kernels, because they were measured to lose."""
+    chosen = [(case, result["auto"]) for case, result in rows if "auto" in result]
+    torches = [
+        f"- auto takes torch for {op} at {describe(case.size)} {case.dtype}"
+        for case, forms in chosen
+        for op, form in forms.items()
+        if form == "torch"
+    ]
+    return torches or (["- auto takes the kernels at all of these sizes"] if chosen else [])
 
 
 def _cells(forms: list[str], results: dict[str, dict[str, Any]], mode: str, rates: dict[str, float]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from avs_dist.launch.benchmarks.problem import Call
 
 SECONDS = 0.3  # a short call is repeated for this long, so that the median survives a busy machine
-PATIENCE = 3.0  # seconds after which a long call is not repeated again
+PATIENCE = 2.0  # seconds after which a long call is not repeated again
 MOST_REPEATS = 200
 FLUSH_BYTES = 256 << 20  # written between replays; several times the L2 cache of today's GPUs
 
