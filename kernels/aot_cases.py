@@ -36,10 +36,17 @@ def _tpavi_cases() -> Iterator[Case]:
             yield Case(f"tpavi {_short(dtype)} T=5 C={channels}", partial(_tpavi, dtype, 5, channels), main=True)
     for dtype, frames, channels in (
         *((FP32, 5, 64), (FP32, 5, 512), (FP32, 10, 256), (FP32, 32, 256)),
-        *((BF16, 5, 64), (BF16, 5, 512), (BF16, 32, 256), (FP16, 5, 256), (FP16, 32, 512)),
+        *((BF16, 5, 64), (BF16, 5, 512), (BF16, 10, 256), (BF16, 32, 256), (FP16, 5, 256), (FP16, 32, 512)),
     ):
         yield Case(f"tpavi {_short(dtype)} T={frames} C={channels}", partial(_tpavi, dtype, frames, channels))
-    for dtype, variant in ((FP32, "masked"), (BF16, "masked"), (FP32, "evaluated"), (BF16, "l2_normalise")):
+    variants = (
+        (FP32, "masked"),
+        (BF16, "masked"),
+        (FP32, "evaluated"),
+        (BF16, "l2_normalise"),
+        (BF16, "channels_first"),
+    )
+    for dtype, variant in variants:
         call = partial(_tpavi, dtype, 5, 256, **{variant: True})
         yield Case(f"tpavi {_short(dtype)} T=5 C=256 {variant}", call)
 
@@ -51,12 +58,16 @@ def _tpavi(
     masked: bool = False,
     evaluated: bool = False,
     l2_normalise: bool = False,
+    channels_first: bool = False,
 ) -> None:
-    """Forward and backward; masked ones are time-aligned too."""
+    """Forward and backward; masked ones are time-aligned too; channels first are tokens and gradient [B,T,C,P]."""
     inner = channels // 2
     shapes = [(inner, channels), (inner,)] * 3 + [(channels, inner)] + [(channels,)] * 5
     weights = TPAVIWeights(*(torch.zeros(shape, requires_grad=True) for shape in shapes))
-    x_BTPC = torch.zeros(2, frames, 56 * 56, channels, dtype=dtype, requires_grad=True)
+    x_BTPC = torch.zeros(2, frames, 56 * 56, channels, dtype=dtype)
+    if channels_first:
+        x_BTPC = x_BTPC.mT.contiguous().mT
+    x_BTPC.requires_grad_()
     out_BTPC, _ = tpavi(
         x_BTPC,
         torch.zeros(2, frames, channels, dtype=dtype, requires_grad=True),
@@ -66,7 +77,7 @@ def _tpavi(
         running=Running(torch.zeros(channels), torch.ones(channels)) if evaluated else None,
         l2_normalise=l2_normalise,
     )
-    out_BTPC.backward(torch.zeros_like(out_BTPC))
+    out_BTPC.backward(torch.zeros_like(x_BTPC))
 
 
 def _ddim_cases() -> Iterator[Case]:

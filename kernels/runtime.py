@@ -12,16 +12,18 @@ programs are written as partials and added in a fixed order, never with atomics,
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHOICES = ("auto", "torch", "triton")
+Backward = TypeVar("Backward", bound=Callable[..., Any])
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 _log = logging.getLogger(__name__)
@@ -108,6 +110,22 @@ def check(
 def backend() -> str:
     """What the next launch is compiled for: "cuda" or "hip"."""
     return _backend
+
+
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Context in which autocast does not reach the small products beside the kernels: they stay in float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def without_autocast(backward: Backward) -> Backward:
+    """Decorator of an autograd function's backward: its products stay in float32 inside an autocast region too."""
+
+    @functools.wraps(backward)
+    def plain(ctx: Any, grad: Tensor, *grads: Tensor) -> Any:
+        with no_autocast(grad):
+            return backward(ctx, grad, *grads)
+
+    return cast(Backward, plain)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

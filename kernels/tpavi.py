@@ -15,20 +15,16 @@ token, and O(B T^2 C). Shape letters as in reference.py, and F = B*T frames.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from avs_dist.kernels import runtime
+from avs_dist.kernels import runtime, tpavi_passes
 from avs_dist.kernels.moments import Moments, Reduce, merge_groups, merge_ranks
 from avs_dist.kernels.reference import EPS, Running, TPAVIWeights, batch_norm, l2_normalised, mixing_matrix
 from avs_dist.kernels.tpavi_triton import TPAVIFunction
 
-CPU_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
+MAX_FRAMES, MAX_CHANNELS = 32, 512  # of the kernels
 
 
 def tpavi(
@@ -43,14 +39,14 @@ def tpavi(
 ) -> tuple[Tensor, Moments | None]:
     """Audio-visual TPAVI; same result, arguments and returns as `reference.tpavi` with the audio repeated as key.
 
-    Runs on Triton or torch as `runtime` decides. bfloat16 and float16 tokens are computed with in float32 and returned
-    in their own type; float64 stays float64. Tokens and gradients may have any strides.
+    Runs on Triton or torch as `runtime` decides; on torch also where the kernels do not reach (more than 32 frames or
+    512 channels). bfloat16 and float16 tokens are computed with in float32 and returned in their own type, under
+    autocast too; float64 stays float64. Tokens and gradients may have any strides.
 
     Raises:
-        ValueError: sizes or devices do not fit.
+        ValueError: sizes, types or devices do not fit.
     """
-    _check(x_BTPC, audio_BTC, valid_BT)
-    form = tpavi_triton if runtime.use_triton("tpavi", x_BTPC) else tpavi_torch
+    form = tpavi_triton if runtime.use_triton("tpavi", x_BTPC, wins=_within_kernels(x_BTPC)) else tpavi_torch
     return form(x_BTPC, audio_BTC, weights, alignment, valid_BT, running, reduce_moments, l2_normalise)
 
 
@@ -68,13 +64,36 @@ def tpavi_triton(
     """`tpavi` on Triton, see tpavi_triton.py.
 
     Raises:
-        ValueError: the tensors are not on a GPU, and the kernels are not interpreted.
+        ValueError: as `tpavi`; more than 32 frames or 512 channels; tensors not on a GPU, while kernels are compiled.
     """
+    _check(x_BTPC, audio_BTC, weights, alignment, valid_BT, running)
+    if not _within_kernels(x_BTPC):
+        raise ValueError(
+            f"tpavi: the kernels take up to {MAX_FRAMES} frames and {MAX_CHANNELS} channels, got x_BTPC "
+            f"{list(x_BTPC.shape)}; AVS_KERNELS=torch has no such limit"
+        )
     runtime.require_triton("tpavi", x_BTPC)
+    with runtime.no_autocast(x_BTPC):
+        return _on_triton(x_BTPC, audio_BTC, weights, alignment, valid_BT, running, reduce_moments, l2_normalise)
+
+
+def _on_triton(
+    x_BTPC: Tensor,
+    audio_BTC: Tensor,
+    weights: TPAVIWeights,
+    alignment: Tensor | None,
+    valid_BT: Tensor | None,
+    running: Running | None,
+    reduce_moments: Reduce | None,
+    l2_normalise: bool,
+) -> tuple[Tensor, Moments | None]:
     w, audio_BTC = _prepare(x_BTPC, audio_BTC, weights, l2_normalise)
-    mixing_BTT = mixing_matrix(audio_BTC, alignment, valid_BT)
+    valid_BT = None if valid_BT is None else valid_BT.contiguous()
+    mixing_BTT = mixing_matrix(audio_BTC, alignment, valid_BT).contiguous()
     u_BTC, c_BT = _audio_side(audio_BTC, w)
-    running_C = (None, None) if running is None else (running.mean_C.to(u_BTC.dtype), running.var_C.to(u_BTC.dtype))
+    running_C: tuple[Tensor | None, ...] = (None, None)
+    if running is not None:
+        running_C = tuple(value.to(u_BTC.dtype).contiguous() for value in running)
     matrices = (w.g_KC, w.g_bias_K, w.out_CK, w.out_bias_C)
     norms = (w.bn_weight_C, w.bn_bias_C, w.ln_weight_C, w.ln_bias_C)
     rest = (*running_C, valid_BT, l2_normalise, reduce_moments)
@@ -94,7 +113,26 @@ def tpavi_torch(
     reduce_moments: Reduce | None = None,
     l2_normalise: bool = False,
 ) -> tuple[Tensor, Moments | None]:
-    """`tpavi` in torch operations."""
+    """`tpavi` in torch operations.
+
+    Raises:
+        ValueError: as `tpavi`.
+    """
+    _check(x_BTPC, audio_BTC, weights, alignment, valid_BT, running)
+    with runtime.no_autocast(x_BTPC):
+        return _on_torch(x_BTPC, audio_BTC, weights, alignment, valid_BT, running, reduce_moments, l2_normalise)
+
+
+def _on_torch(
+    x_BTPC: Tensor,
+    audio_BTC: Tensor,
+    weights: TPAVIWeights,
+    alignment: Tensor | None,
+    valid_BT: Tensor | None,
+    running: Running | None,
+    reduce_moments: Reduce | None,
+    l2_normalise: bool,
+) -> tuple[Tensor, Moments | None]:
     w, audio_BTC = _prepare(x_BTPC, audio_BTC, weights, l2_normalise)
     if l2_normalise:
         x_BTPC = l2_normalised(x_BTPC.to(audio_BTC.dtype)).to(x_BTPC.dtype)
@@ -103,13 +141,14 @@ def tpavi_torch(
     u_BTC, c_BT = _audio_side(audio_BTC, w)
     u_BTTC = mixing_BTT[..., None] * u_BTC[:, None]
     c_BTT = mixing_BTT * c_BT[:, None]
-    x_FPC, scores_FPT, mean_FC = _read(x_BTPC.reshape(-1, positions, channels), u_BTTC.flatten(0, 1))
+    x_FPC, scores_FPT, mean_FC = tpavi_passes.read(x_BTPC.reshape(-1, positions, channels), u_BTTC.flatten(0, 1))
     q_FPT = scores_FPT + c_BTT.flatten(0, 1)[:, None]
 
     v_BTC = F.linear(F.linear(mean_FC.view(batch, frames, channels), w.g_KC, w.g_bias_K), w.out_CK)
     if running is None:
         unbiased = merge_ranks(_batch_moments(q_FPT, v_BTC, valid_BT), reduce_moments)
-        moments = unbiased._replace(mean_C=unbiased.mean_C + w.out_bias_C)
+        moments = Moments(*(value.detach() for value in (*unbiased,)))
+        moments = moments._replace(mean_C=moments.mean_C + w.out_bias_C.detach())
         # b_z cancels: its gradient is zero, not rounding noise that Adam would blow up to whole steps, and it stays in
         # the graph, since every parameter must get a gradient
         offset_C, var_C = 0.0 * w.out_bias_C - unbiased.mean_C, unbiased.var_C
@@ -120,7 +159,7 @@ def tpavi_torch(
     shift_C = w.bn_bias_C + offset_C * scale_C
 
     v_FTC = (v_BTC * scale_C)[:, None].expand(batch, frames, frames, channels).flatten(0, 1)
-    out_FPC = _write(x_FPC, q_FPT, v_FTC, shift_C, w.ln_weight_C, w.ln_bias_C)
+    out_FPC = tpavi_passes.write(x_FPC, q_FPT, v_FTC, shift_C, w.ln_weight_C, w.ln_bias_C)
     return _masked(out_FPC.view(x_BTPC.shape), valid_BT), moments
 
 
@@ -134,6 +173,7 @@ def tpavi_visual(
     l2_normalise: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """Visual-visual TPAVI (the key is x itself): linear attention, O(N K^2); equals `reference.tpavi(x, x, ...)`."""
+    _check(x_BTPC, None, weights, alignment, valid_BT, running)
     dtype = _accumulation_type(x_BTPC)
     w = _cast(weights, dtype)
     x = x_BTPC.to(dtype)
@@ -160,13 +200,42 @@ def linear_attention(query_BTPK: Tensor, key_BTPK: Tensor, value_BTPK: Tensor, m
     return query_BTPK @ mixed_BTKK
 
 
-def _check(x_BTPC: Tensor, audio_BTC: Tensor, valid_BT: Tensor | None) -> None:
+def _within_kernels(x_BTPC: Tensor) -> bool:
+    return x_BTPC.ndim == 4 and x_BTPC.shape[1] <= MAX_FRAMES and x_BTPC.shape[3] <= MAX_CHANNELS
+
+
+def _check(
+    x_BTPC: Tensor,
+    audio_BTC: Tensor | None,
+    weights: TPAVIWeights,
+    alignment: Tensor | None,
+    valid_BT: Tensor | None,
+    running: Running | None,
+) -> None:
     floats, device = (*runtime.FLOATS, torch.float64), x_BTPC.device
-    runtime.check("tpavi", "x_BTPC", x_BTPC, (None, None, None, None), floats, device)
+
+    def fits(name: str, value: Tensor, *shape: int | None, dtypes: tuple[torch.dtype, ...] = floats) -> None:
+        runtime.check("tpavi", name, value, shape, dtypes, device)
+
+    fits("x_BTPC", x_BTPC, None, None, None, None)
+    if x_BTPC.numel() == 0:
+        raise ValueError(
+            f"tpavi: x_BTPC must have at least one clip, frame, position and channel, got {list(x_BTPC.shape)}"
+        )
     batch, frames, _, channels = x_BTPC.shape
-    runtime.check("tpavi", "audio_BTC", audio_BTC, (batch, frames, channels), floats, device)
+    sizes = {"K": len(weights.g_bias_K), "C": channels}
+    if audio_BTC is not None:
+        fits("audio_BTC", audio_BTC, batch, frames, channels)
+    for name, value in weights._asdict().items():
+        fits(name, value, *(sizes[letter] for letter in name.rpartition("_")[2]))
     if valid_BT is not None:
-        runtime.check("tpavi", "valid_BT", valid_BT, (batch, frames), (torch.bool,), device)
+        fits("valid_BT", valid_BT, batch, frames, dtypes=(torch.bool,))
+    for name, value in () if running is None else running._asdict().items():
+        fits(f"running.{name}", value, channels)
+    if alignment is not None:
+        fits("alignment", alignment, None)
+        if len(alignment) % 2 == 0:
+            raise ValueError(f"tpavi: alignment must have odd length, 2 T - 1 for up to T frames, got {len(alignment)}")
 
 
 def _prepare(
@@ -219,104 +288,3 @@ def _batch_moments(q_FPT: Tensor, v_BTC: Tensor, valid_BT: Tensor | None) -> Mom
     mean_BC = (mean_B1T @ v_BTC)[:, 0]
     var_BC = ((covariance_BTT @ v_BTC) * v_BTC).sum(1).clamp_min(0.0)
     return merge_groups(count_B, mean_BC, var_BC)
-
-
-def _read(x_FPC: Tensor, u_FTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First pass over x: x itself, the scores x u^T [F,P,T] and the frame means [F,C]."""
-    if torch.compiler.is_compiling():  # leave the fusion to the compiler
-        x = x_FPC.to(u_FTC.dtype)
-        return x_FPC, x @ u_FTC.transpose(1, 2), x.mean(1)
-    return _Read.apply(x_FPC, u_FTC)
-
-
-def _write(x_FPC: Tensor, q_FPT: Tensor, v_FTC: Tensor, shift_C: Tensor, weight_C: Tensor, bias_C: Tensor) -> Tensor:
-    """Second pass over x: LayerNorm(x + q v + shift), in the type of x."""
-    if torch.compiler.is_compiling():
-        h_FPC = x_FPC.to(v_FTC.dtype) + q_FPT @ v_FTC + shift_C
-        return F.layer_norm(h_FPC, [h_FPC.shape[-1]], weight_C, bias_C, EPS).to(x_FPC.dtype)
-    # the shift rides along as one more column of the scores
-    q_FPS = F.pad(q_FPT, (0, 1), value=1.0)
-    v_FSC = torch.cat([v_FTC, shift_C.expand(len(v_FTC), 1, -1)], 1)
-    return _Write.apply(x_FPC, q_FPS, v_FSC, weight_C, bias_C)
-
-
-def _chunks(x_FPC: Tensor) -> Iterator[slice]:
-    """Groups of frames to work on at a time: cache-sized on a CPU, everything on an accelerator."""
-    frames, positions, channels = x_FPC.shape
-    size = max(1, CPU_CHUNK // (positions * channels)) if x_FPC.device.type == "cpu" else frames
-    return (slice(start, start + size) for start in range(0, frames, size))
-
-
-class _Read(torch.autograd.Function):
-    """Hands x on, so that its backward receives the gradient of the second pass and adds to it in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x_FPC: Tensor, u_FTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(x_FPC, u_FTC)
-        frames, positions, channels = x_FPC.shape
-        scores_FPT = u_FTC.new_empty(frames, positions, u_FTC.shape[1])
-        mean_FC = u_FTC.new_empty(frames, channels)
-        for part in _chunks(x_FPC):
-            x = x_FPC[part].to(u_FTC.dtype)
-            torch.bmm(x, u_FTC[part].transpose(1, 2), out=scores_FPT[part])
-            torch.mean(x, 1, out=mean_FC[part])
-        return x_FPC.view_as(x_FPC), scores_FPT, mean_FC
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x_FPC: Tensor, grad_scores_FPT: Tensor, grad_mean_FC: Tensor) -> tuple[Any, ...]:
-        x_FPC, u_FTC = ctx.saved_tensors
-        grad_u_FTC = torch.empty_like(u_FTC)
-        # the gradient of the mean rides along as one more column
-        left_FPS = F.pad(grad_scores_FPT, (0, 1), value=1.0 / x_FPC.shape[1])
-        right_FSC = torch.cat([u_FTC, grad_mean_FC[:, None]], 1)
-        for part in _chunks(x_FPC):
-            torch.bmm(grad_scores_FPT[part].transpose(1, 2), x_FPC[part].to(u_FTC.dtype), out=grad_u_FTC[part])
-            if grad_x_FPC.dtype == u_FTC.dtype:
-                grad_x_FPC[part].baddbmm_(left_FPS[part], right_FSC[part])
-            else:
-                total = torch.baddbmm(grad_x_FPC[part].to(u_FTC.dtype), left_FPS[part], right_FSC[part])
-                grad_x_FPC[part] = total.to(grad_x_FPC.dtype)
-        return grad_x_FPC, grad_u_FTC
-
-
-class _Write(torch.autograd.Function):
-    """LayerNorm(x + q v); backward recomputes the sum instead of storing it."""
-
-    @staticmethod
-    def forward(ctx: Any, x_FPC: Tensor, q_FPS: Tensor, v_FSC: Tensor, weight_C: Tensor, bias_C: Tensor) -> Tensor:
-        out_FPC = torch.empty_like(x_FPC)
-        mean_FP1 = q_FPS.new_empty(*x_FPC.shape[:2], 1)
-        rstd_FP1 = torch.empty_like(mean_FP1)
-        for part in _chunks(x_FPC):
-            h = torch.baddbmm(x_FPC[part].to(v_FSC.dtype), q_FPS[part], v_FSC[part])
-            out, mean_FP1[part], rstd_FP1[part] = torch.native_layer_norm(h, h.shape[-1:], weight_C, bias_C, EPS)
-            out_FPC[part] = out
-        ctx.save_for_backward(x_FPC, q_FPS, v_FSC, weight_C, bias_C, mean_FP1, rstd_FP1)
-        return out_FPC
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out_FPC: Tensor) -> tuple[Any, ...]:
-        x_FPC, q_FPS, v_FSC, weight_C, bias_C, mean_FP1, rstd_FP1 = ctx.saved_tensors
-        grad_x_FPC = torch.empty_like(x_FPC)
-        grad_q_FPS, grad_v_FSC = torch.empty_like(q_FPS), torch.empty_like(v_FSC)
-        grad_weight_C, grad_bias_C = torch.zeros_like(weight_C), torch.zeros_like(bias_C)
-        for part in _chunks(x_FPC):
-            h = torch.baddbmm(x_FPC[part].to(v_FSC.dtype), q_FPS[part], v_FSC[part])
-            grad_h, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-                grad_out_FPC[part].to(h.dtype).contiguous(),
-                h,
-                h.shape[-1:],
-                mean_FP1[part],
-                rstd_FP1[part],
-                weight_C,
-                bias_C,
-                [True, True, True],
-            )
-            grad_weight_C += grad_weight
-            grad_bias_C += grad_bias
-            torch.bmm(grad_h, v_FSC[part].transpose(1, 2), out=grad_q_FPS[part])
-            torch.bmm(q_FPS[part].transpose(1, 2), grad_h, out=grad_v_FSC[part])
-            grad_x_FPC[part] = grad_h
-        return grad_x_FPC, grad_q_FPS, grad_v_FSC, grad_weight_C, grad_bias_C

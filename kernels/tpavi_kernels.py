@@ -21,7 +21,7 @@ L2_EPS = tl.constexpr(1e-6)  # of the L2-normalised variant, as published
 @triton.jit
 def _load_tile(base_ptr, rows_P, cols_C, positions, stride_p, stride_c, C: tl.constexpr, ACC: tl.constexpr):
     mask = (rows_P[:, None] < positions) & (cols_C[None, :] < C)
-    offsets = rows_P[:, None].to(tl.int64) * stride_p + cols_C[None, :] * stride_c
+    offsets = rows_P[:, None].to(tl.int64) * stride_p + cols_C[None, :].to(tl.int64) * stride_c
     return tl.load(base_ptr + offsets, mask=mask, other=0.0).to(ACC)
 
 
@@ -207,8 +207,7 @@ def batch_moments_kernel(
         count_B = tl.load(count_ptr + clip_B, mask=clip_B < clips, other=0.0)
         total += tl.sum(count_B, 0)
         mean_C += tl.sum(_load_matrix(z_mean_ptr, clip_B, cols_C, clips, C, C) * count_B[:, None], 0)
-    total = tl.maximum(total, 1.0)
-    mean_C = mean_C / total
+    mean_C = mean_C / tl.maximum(total, 1.0)
     square_C = tl.zeros([BLOCK_C], ACC)
     for start in range(0, clips, BLOCK_B):
         clip_B = start + tl.arange(0, BLOCK_B)
@@ -217,7 +216,7 @@ def batch_moments_kernel(
         square_BC = _load_matrix(z_square_ptr, clip_B, cols_C, clips, C, C)
         square_C += tl.sum(square_BC + step_BC * step_BC * count_B[:, None], 0)
     tl.store(mean_ptr + cols_C, mean_C, mask=cols_C < C)
-    tl.store(var_ptr + cols_C, tl.maximum(square_C / total, 0.0), mask=cols_C < C)
+    tl.store(var_ptr + cols_C, tl.maximum(square_C / tl.maximum(total, 1.0), 0.0), mask=cols_C < C)
     if tl.program_id(0) == 0:
         tl.store(total_ptr, total)
 

@@ -149,8 +149,8 @@ class TPAVIFunction(torch.autograd.Function):
             mean_C = mean_C - out_bias_C  # running statistics are those of W_z y = z + b_z
         affine_2C = _affine(plan, mean_C, var_C, norms)
         out_BTPC = _write(plan, x_BTPC, q_FPT, v_BTC, affine_2C, norms, valid_BT)
-        ctx.plan, ctx.reduce, ctx.valid_BT = plan, reduce, valid_BT
-        saved = (x_BTPC, q_FPT, v_BTC, affine_2C, x_mean_BTC, g_BTK, mean_C, var_C, count, *clip_moments)
+        ctx.plan, ctx.reduce = plan, reduce
+        saved = (valid_BT, x_BTPC, q_FPT, v_BTC, affine_2C, x_mean_BTC, g_BTK, mean_C, var_C, count, *clip_moments)
         ctx.save_for_backward(u_BTC, c_BT, mixing_BTT, g_KC, out_CK, *norms, *saved)
         if count is None:
             return out_BTPC, None, None, None
@@ -159,11 +159,12 @@ class TPAVIFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @runtime.without_autocast
     def backward(ctx: Any, grad_BTPC: Tensor, *_: Any) -> tuple[Any, ...]:
         u_BTC, c_BT, mixing_BTT, g_KC, out_CK, *rest = ctx.saved_tensors
-        norms, (x_BTPC, q_FPT, v_BTC, affine_2C, x_mean_BTC, g_BTK, mean_C, var_C, count) = Norms(*rest[:4]), rest[4:13]
-        plan, clip_moments = ctx.plan, rest[13:]
-        common = (x_BTPC, grad_BTPC, q_FPT, v_BTC, affine_2C, norms, ctx.valid_BT)
+        norms, plan, clip_moments = Norms(*rest[:4]), ctx.plan, rest[14:]
+        valid_BT, x_BTPC, q_FPT, v_BTC, affine_2C, x_mean_BTC, g_BTK, mean_C, var_C, count = rest[4:14]
+        common = (x_BTPC, grad_BTPC, q_FPT, v_BTC, affine_2C, norms, valid_BT)
         sums_BRC, totals_4C = _sums(plan, *common, mean_C, var_C)
         dbn_bias_C, dbn_weight_C, dln_bias_C, dln_weight_C = totals_4C
         if count is None:
@@ -172,7 +173,9 @@ class TPAVIFunction(torch.autograd.Function):
         else:
             share_2C = totals_4C[:2] if ctx.reduce is None else ctx.reduce(totals_4C[:2].contiguous())
             moments = (*clip_moments, mean_C, var_C)
-            dv_BTC, common_2C = _value_gradient(plan, sums_BRC, v_BTC, *moments, norms.bn_weight_C, share_2C / count)
+            dv_BTC, common_2C = _value_gradient(
+                plan, sums_BRC, v_BTC, *moments, norms.bn_weight_C, share_2C / count.clamp_min(1.0)
+            )
             # b_z cancels: its gradient is zero, and not None, as every parameter must get one
             dout_bias_C = torch.zeros_like(dbn_bias_C)
         dg_BTK = dv_BTC @ out_CK

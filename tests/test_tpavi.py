@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from avs_dist.kernels import tpavi as rank_t
+from avs_dist.kernels import tpavi_passes
 from avs_dist.modules.tpavi import PUBLISHED_NAMES, TPAVI, from_published
 
 CHANNELS, AUDIO = 8, 6
@@ -81,7 +82,7 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], atol: float = 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("key", ["audio", "visual", "both"])
 def test_rank_t_equals_literal(size, time_aligned, training, masked, key, monkeypatch):
-    monkeypatch.setattr(rank_t, "CPU_CHUNK", 2 * 12 * CHANNELS)  # several groups of frames, the last one smaller
+    monkeypatch.setattr(tpavi_passes, "CPU_CHUNK", 2 * 12 * CHANNELS)  # several groups of frames, the last one smaller
     fast = make_block(time_aligned=time_aligned, key=key, implementation="rank_t").train(training)
     slow = make_block(time_aligned=time_aligned, key=key, implementation="literal").train(training)
     x, audio = make_input(2, *size)
