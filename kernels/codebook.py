@@ -29,6 +29,7 @@ PRECISIONS = ("fp32", "tf32", "half")
 RULES = ("all", "any")
 INTEGERS = (torch.int32, torch.int64)
 NOISE = 1 / 1024  # of a clone, as in the public code
+MAX_TOKENS = 1 << 27  # of a modality: token * TILE + code within the tile is an int32
 
 
 class Assignment(NamedTuple):
@@ -61,14 +62,15 @@ def codebook_assign(
 
     Args:
         tokens_ND: float32, float16 or bfloat16, any strides.
-        codes_LD: float32 and finite.
+        codes_LD: float32. A code that is not finite, or so far from the middle code that the square overflows, is
+            never chosen; when no code is left, all tokens are bad.
         valid_N: bool; tokens that are not valid get index -1 and distance 0, and are not looked at.
         precision: of the products inside the Triton kernel. "fp32": the accuracy of float32, by three float16 products
             of codes and tokens around a middle code, scaled row by row, so that neither a common offset nor the size of
             the numbers costs digits; two distances that differ by less than about 1e-6 of |z|^2 + |e|^2, seen from
             there, may be exchanged. "tf32" and "half": one product of 11-bit numbers, what either type keeps; faster,
             and wrong between nearly equal distances. The distance returned is that of the chosen code in float32. The
-            torch form multiplies in float32 always (on a GPU: as torch's matmul precision is set).
+            torch form multiplies in float32 always, under autocast too (on a GPU: as torch's matmul precision is set).
 
     Raises:
         ValueError: shape, type, device or precision do not fit.
@@ -92,14 +94,19 @@ def codebook_sums(observed: Sequence[Observed], num_codes: int) -> Tensor:
     A component of a teacher that is not finite is replaced by the token's own; without teachers a token stands alone.
 
     Raises:
-        ValueError: no modality, or shapes, types and devices that do not fit.
+        ValueError: no modality, no dimension, 2^27 tokens or more of one modality, or shapes, types and devices that do
+            not fit.
     """
     op = "codebook_sums"
     if not observed or num_codes < 1:
         raise ValueError(f"{op}: needs at least one modality and one code, got {len(observed)} and {num_codes}")
     device, dims = observed[0].tokens_ND.device, observed[0].tokens_ND.shape[-1]
+    if dims < 1:
+        raise ValueError(f"{op}: tokens must have at least one dimension, got {list(observed[0].tokens_ND.shape)}")
     for place, (tokens_ND, teachers_ND, indices_N) in enumerate(observed):
         runtime.check(op, f"observed[{place}].tokens_ND", tokens_ND, (None, dims), runtime.FLOATS, device)
+        if len(tokens_ND) >= MAX_TOKENS:
+            raise ValueError(f"{op}: observed[{place}] must have fewer than {MAX_TOKENS} tokens, got {len(tokens_ND)}")
         runtime.check(op, f"observed[{place}].indices_N", indices_N, (len(tokens_ND),), (torch.int64,), device)
         if teachers_ND is not None:
             kind = (tokens_ND.dtype,)
@@ -130,9 +137,12 @@ def codebook_apply(
     the dimension, hence equal on all ranks) makes it differ: of two equal codes the second would never be chosen.
 
     Args:
-        flat: what `codebook_sums` returned, summed over ranks.
+        flat: what `codebook_sums` returned, summed over ranks; any strides.
         reset_after: batches (N_re) after which an unused code is dead; None for no reset.
-        permutation_L: int64, a random permutation of the codes, the same on all ranks; needed for a reset.
+        permutation_L: int64, a random permutation of the codes, the same on all ranks, any strides; needed for a reset.
+            Its values are not looked at beforehand: an entry outside [0, L) is passed over, so that the code that is
+            missing gives no clones; when no live code is left in it, nothing is reset. With an entry twice, some dead
+            codes may keep their place.
         reset_rule: "all": a code lives while every modality uses it (paper); "any": while one does (public code).
         noise: largest difference of a clone from its donor in each dimension.
 
@@ -148,6 +158,8 @@ def codebook_apply(
     if reset_after is not None and (reset_after < 1 or permutation_L is None):
         raise ValueError(f"{op}: a reset needs reset_after >= 1 and a permutation, got {reset_after}, {permutation_L}")
     device, (num_codes, dims) = flat.device, state.codes_LD.shape
+    if 0 in state.codes_LD.shape:
+        raise ValueError(f"{op}: there must be at least one code of at least one dimension, got {[num_codes, dims]}")
     single = (torch.float32,)
     runtime.check(op, "state.codes_LD", state.codes_LD, (None, None), single, device)
     runtime.check(op, "state.count_L", state.count_L, (num_codes,), single, device)
@@ -204,7 +216,8 @@ def _assign(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runtime.use_triton("codebook_assign", tokens_ND):
         return codebook_triton.assign(tokens_ND, codes_LD, valid_N, precision)
-    return _assign_torch(tokens_ND, codes_LD, valid_N)
+    with runtime.no_autocast(tokens_ND):
+        return _assign_torch(tokens_ND, codes_LD, valid_N)
 
 
 @_assign.register_fake
@@ -218,7 +231,8 @@ def _sums(tokens: Sequence[Tensor], teachers: Sequence[Tensor | None], indices: 
     observed = [Observed(*one) for one in zip(tokens, teachers, indices, strict=True)]
     if runtime.use_triton("codebook_sums", tokens[0]):
         return codebook_triton.sums(observed, codes)
-    return _sums_torch(observed, codes)
+    with runtime.no_autocast(tokens[0]):
+        return _sums_torch(observed, codes)
 
 
 @_sums.register_fake
@@ -242,14 +256,19 @@ def _apply(
 ) -> None:
     state = CodebookState(codes_LD, count_L, sum_LD, idle_ML)
     form = codebook_triton.apply if runtime.use_triton("codebook_apply", flat) else _apply_torch
-    form(state, flat, decay, smoothing_eps, reset_after, permutation_L, every_modality, noise)
+    with runtime.no_autocast(flat):
+        form(state, flat, decay, smoothing_eps, reset_after, permutation_L, every_modality, noise)
 
 
 def _assign_torch(tokens_ND: Tensor, codes_LD: Tensor, valid_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     num_codes = len(codes_LD)
-    centre_D = torch.stack([codes_LD[num_codes * part // 6] for part in (1, 3, 5)]).median(0).values
+    centre_3D = torch.stack([codes_LD[num_codes * part // 6] for part in (1, 3, 5)]).nan_to_num(0.0, 0.0, 0.0)
+    centre_D = centre_3D.median(0).values
     shifted_LD = codes_LD - centre_D
     squares_L = shifted_LD.square().sum(1)
+    usable_L = squares_L < torch.inf  # not NaN either
+    squares_L = torch.where(usable_L, squares_L, torch.inf)
+    shifted_LD = torch.where(usable_L[:, None], shifted_LD, 0.0)
     indices_N = torch.empty(len(tokens_ND), dtype=torch.int64, device=tokens_ND.device)
     distances_N = codes_LD.new_empty(len(tokens_ND))
     size = max(1, (CPU_CHUNK if tokens_ND.device.type == "cpu" else CHUNK) // num_codes)
@@ -307,9 +326,10 @@ def _apply_torch(
     if reset_after is None or permutation_L is None:
         return
     live_L = (idle_ML.amax(0) if every_modality else idle_ML.amin(0)) < reset_after
-    num_live = live_L.sum()
-    ordered_L = live_L[permutation_L]
-    # live codes in the order of the permutation; the last place takes the dead ones
+    inside_L = (permutation_L >= 0) & (permutation_L < num_codes)
+    ordered_L = inside_L & live_L[torch.where(inside_L, permutation_L, 0)]
+    num_live = ordered_L.sum()
+    # live codes in the order of the permutation; the last place takes all other entries
     donors_L = torch.zeros(num_codes + 1, dtype=torch.int64, device=flat.device)
     donors_L.scatter_(0, torch.where(ordered_L, ordered_L.cumsum(0) - 1, num_codes), permutation_L)
     donor_L = donors_L[((~live_L).cumsum(0) - 1).clamp_min(0) % num_live.clamp_min(1)]

@@ -24,10 +24,15 @@ def _scale(largest_R):
 
 
 @triton.jit
+def _finite(value):
+    return tl.where(tl.abs(value) < float("inf"), value, 0.0)
+
+
+@triton.jit
 def split_codes_kernel(
     codes_ptr,  # [L,D]
     parts_ptr,  # out [2,Lp,Dp] float16: (e - c) * scale = high + low, zero beyond L and D
-    squares_ptr,  # out [Lp]: |e - c|^2, infinite beyond L
+    squares_ptr,  # out [Lp]: |e - c|^2, infinite for what is not to be chosen
     inverse_ptr,  # out [Lp]: 1 / scale
     centre_ptr,  # out [Dp]: c
     num_bad_ptr,  # out []: zero, for winner_kernel to count up
@@ -43,16 +48,17 @@ def split_codes_kernel(
     """Codes around a centre c, scaled row by row and split into two numbers of 11 bits.
 
     The centre changes no distance and keeps the digits when tokens and codes share a large offset. It is, component by
-    component, the median of three codes: one stray code does not move it.
+    component, the median of three codes: one stray code does not move it. A code that is not finite, or whose square
+    is not, counts as one beyond L: it is never the nearest.
     """
     pid = tl.program_id(0)
     code_R = pid * ROWS + tl.arange(0, ROWS)
     dim_D = tl.arange(0, DIMS)
     inside_D = dim_D < dims
     step_D = dim_D.to(tl.int64) * stride_ed
-    a_D = tl.load(codes_ptr + tl.cast(num_codes // 6, tl.int64) * stride_el + step_D, mask=inside_D, other=0.0)
-    b_D = tl.load(codes_ptr + tl.cast(num_codes * 3 // 6, tl.int64) * stride_el + step_D, mask=inside_D, other=0.0)
-    c_D = tl.load(codes_ptr + tl.cast(num_codes * 5 // 6, tl.int64) * stride_el + step_D, mask=inside_D, other=0.0)
+    a_D = _finite(tl.load(codes_ptr + tl.cast(num_codes // 6, tl.int64) * stride_el + step_D, inside_D, other=0.0))
+    b_D = _finite(tl.load(codes_ptr + tl.cast(num_codes * 3 // 6, tl.int64) * stride_el + step_D, inside_D, other=0.0))
+    c_D = _finite(tl.load(codes_ptr + tl.cast(num_codes * 5 // 6, tl.int64) * stride_el + step_D, inside_D, other=0.0))
     centre_D = tl.maximum(tl.minimum(a_D, b_D), tl.minimum(tl.maximum(a_D, b_D), c_D))
     if pid == 0:
         tl.store(centre_ptr + dim_D, centre_D, mask=dim_D < padded_dims)
@@ -60,7 +66,10 @@ def split_codes_kernel(
     mask_RD = (code_R < num_codes)[:, None] & inside_D[None, :]
     e_RD = load_rows(codes_ptr, code_R, dim_D, mask_RD, stride_el, stride_ed) - centre_D[None, :]
     e_RD = tl.where(mask_RD, e_RD, 0.0)
-    squares_R = tl.where(code_R < num_codes, tl.sum(e_RD * e_RD, 1), float("inf"))
+    squares_R = tl.sum(e_RD * e_RD, 1)
+    usable_R = (code_R < num_codes) & (squares_R < float("inf"))  # not NaN either
+    squares_R = tl.where(usable_R, squares_R, float("inf"))
+    e_RD = tl.where(usable_R[:, None], e_RD, 0.0)
     scale_R = _scale(tl.max(tl.abs(e_RD), 1))
     tl.store(squares_ptr + code_R, squares_R, mask=code_R < padded_codes)
     tl.store(inverse_ptr + code_R, 1.0 / scale_R, mask=code_R < padded_codes)

@@ -36,6 +36,7 @@ def assign(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices, distances and the number of bad tokens."""
     (num_tokens, dims), num_codes = tokens_ND.shape, len(codes_LD)
+    valid_N = None if valid_N is None else valid_N.contiguous()
     large = num_tokens >= LARGE
     rows = tile = 128 if large else 64
     row_tiles, code_tiles = triton.cdiv(num_tokens, rows), triton.cdiv(num_codes, tile)
@@ -150,6 +151,8 @@ def apply(
 ) -> None:
     """Second half of the update, in place."""
     num_codes, dims = state.codes_LD.shape
+    flat = flat.contiguous()
+    permutation_L = None if permutation_L is None else permutation_L.contiguous()
     fixed = {"MODALITIES": len(state.idle_ML), "RESET": reset_after is not None}
     next_count_L, next_idle_ML = torch.empty_like(state.count_L), torch.empty_like(state.idle_ML)
     rank_L, dead_L = flat.new_empty(2, num_codes, dtype=torch.int32)

@@ -155,9 +155,9 @@ def plan_kernel(
     permutation_ptr,  # [L] int64, or None
     next_count_ptr,  # out [L]
     next_idle_ptr,  # out [M,L]
-    rank_ptr,  # out [L]: place among the live codes in the order of the permutation, -1 for a dead code
+    rank_ptr,  # out [L]: place among the live codes in the order of the permutation, L if not in it, -1 for a dead code
     dead_ptr,  # out [L]: dead codes in their own order
-    census_ptr,  # out [2]: numbers of live and of dead codes
+    census_ptr,  # out [2]: numbers of live codes in the permutation and of dead codes
     total_ptr,  # out [1]: sum of the new counts
     num_codes,
     reset_after,
@@ -190,11 +190,18 @@ def plan_kernel(
             dead_C = (inside_C & (live_C == 0)).to(tl.int32)
             tl.store(dead_ptr + num_dead + tl.cumsum(dead_C, 0) - 1, code_C, mask=dead_C != 0)
             num_dead += tl.sum(dead_C, 0)
-            code_C = tl.load(permutation_ptr + code_C, mask=inside_C, other=0)
+            # what stands if the permutation leaves this code out: a live one is kept, and gives no clones
+            tl.store(rank_ptr + code_C, tl.where(live_C, num_codes, -1), mask=inside_C)
+    if RESET:
+        tl.debug_barrier()  # before ranks are written again
+        for first in range(0, num_codes, BLOCK):
+            place_C = first + index_C
+            code_C = tl.load(permutation_ptr + place_C, mask=place_C < num_codes, other=-1)
+            inside_C = (code_C >= 0) & (code_C < num_codes)
             live_C = _is_live(idle_ptr, flat_ptr, code_C, num_codes, inside_C, reset_after, MODALITIES, EVERY)
             live_C = (inside_C & live_C).to(tl.int32)
             rank_C = num_live + tl.cumsum(live_C, 0) - 1
-            tl.store(rank_ptr + code_C, tl.where(live_C != 0, rank_C, -1), mask=inside_C)
+            tl.store(rank_ptr + code_C, rank_C, mask=live_C != 0)
             num_live += tl.sum(live_C, 0)
     tl.store(total_ptr, total)
     tl.store(census_ptr, num_live)

@@ -40,7 +40,8 @@ def pack(weights: DenoiserWeights) -> PackedDenoiser:
     """Copy the weights as the kernel reads them: a handful of small copies, worth keeping when sampling repeatedly.
 
     Raises:
-        ValueError: shapes, types or devices of the weights do not fit together; a layer is wider than MAX_WIDTH.
+        ValueError: shapes, types or devices of the weights do not fit together; a layer is wider than MAX_WIDTH; the
+            slope is not a Python number.
     """
     _check_weights(weights)
     _check_gradient(*weights.matrices, *weights.biases, weights.step_SH)
@@ -75,7 +76,8 @@ def ddim_sample(
         clip: bound of the predicted x0, or None.
 
     Raises:
-        ValueError: shapes, types or devices do not fit, a setting is out of range, or a gradient is asked for.
+        ValueError: shapes, types or devices do not fit, a setting is out of range or not a Python number (a tensor
+            would have to be waited for), or a gradient is asked for.
     """
     flat: list[Tensor] = []
     if isinstance(weights, PackedDenoiser):
@@ -108,6 +110,7 @@ def _check_weights(weights: DenoiserWeights) -> None:
     matrices, biases, step_SH = weights.matrices, weights.biases, weights.step_SH
     if not matrices or len(matrices) != len(biases):
         raise ValueError(f"{OP}: needs as many biases as matrices, got {len(biases)} and {len(matrices)}")
+    _check_number("slope", weights.slope)
     device, dtype = matrices[0].device, matrices[0].dtype
     any_dtype = (*runtime.FLOATS, torch.float64)
     runtime.check(OP, "matrices[0]", matrices[0], (None, None), any_dtype, device)
@@ -151,10 +154,13 @@ def _check_settings(
     """The noise of the steps if it is used."""
     if prediction not in get_args(Prediction):
         raise ValueError(f"{OP}: prediction must be one of {', '.join(get_args(Prediction))}, got '{prediction}'")
+    _check_number("eta", eta)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"{OP}: eta must be between 0 and 1, got {eta}")
-    if clip is not None and not clip > 0.0:
-        raise ValueError(f"{OP}: clip must be positive or None, got {clip}")
+    if clip is not None:
+        _check_number("clip", clip)
+        if not clip > 0.0:
+            raise ValueError(f"{OP}: clip must be positive or None, got {clip}")
     if eta == 0.0:
         return None
     if step_noise_SBD is None:
@@ -162,6 +168,11 @@ def _check_settings(
     shape = (len(steps.alpha_S), *noise_BD.shape)
     runtime.check(OP, "step_noise_SBD", step_noise_SBD, shape, (noise_BD.dtype,), noise_BD.device)
     return step_noise_SBD
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float):
+        raise ValueError(f"{OP}: {name} must be a Python number, got {type(value).__name__}")
 
 
 def _check_gradient(*tensors: Tensor) -> None:
@@ -194,7 +205,8 @@ def _run(
     # never measured to lose; but float64 is for the torch form alone
     if matrices[0].dtype != torch.float64 and runtime.use_triton(OP, noise_BD):
         return denoise_triton.sample(noise_BD, condition_BE, flat or denoise_triton.flatten(weights), *settings)
-    return _torch_form(noise_BD, condition_BE, *settings)
+    with runtime.no_autocast(noise_BD):
+        return _torch_form(noise_BD, condition_BE, *settings)
 
 
 # torch.compile does not look into it
@@ -216,7 +228,7 @@ def _torch_form(
     step_noise_SBD: Tensor | None,
     clip: float | None,
 ) -> Tensor:
-    """The plain loop; the layers compute in the type of the matrices."""
+    """The plain loop; the layers compute in the type of the matrices, under autocast too."""
     dtype = weights.matrices[0].dtype
     weights = weights._replace(biases=tuple(b.to(dtype) for b in weights.biases), step_SH=weights.step_SH.to(dtype))
     condition_BE = condition_BE.to(dtype)

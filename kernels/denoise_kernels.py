@@ -108,10 +108,11 @@ def resident_kernel(
     r = tl.arange(0, ROWS)
     h = tl.arange(0, WIDTH)
     row = (program * ROWS + r)[:, None]
+    column = h.to(tl.int64)[None, :]
     is_latent = (row < batch) & (h < LATENT)[None, :]
     is_condition = (row < batch) & ((h >= LATENT) & (h < LATENT + CONDITION))[None, :]
-    x_RH = tl.load(noise + row * noise_row + h[None, :] * noise_column, mask=is_latent, other=0.0).to(tl.float32)
-    beside = row * condition_row + (h[None, :] - LATENT) * condition_column
+    x_RH = tl.load(noise + row * noise_row + column * noise_column, mask=is_latent, other=0.0).to(tl.float32)
+    beside = row * condition_row + (column - LATENT) * condition_column
     x_RH += tl.load(condition + beside, mask=is_condition, other=0.0).to(tl.float32)
     a_RH = x_RH.to(DTYPE)
     w_at = matrices + h[None, :] * WIDTH + tl.arange(0, DEPTH)[:, None]
@@ -123,7 +124,7 @@ def resident_kernel(
         y_RH = tl.broadcast_to(tl.load(bias + bias_row * WIDTH + h)[None, :], [ROWS, WIDTH])
         y_RH = _multiply(a_RH, w_at + layer * WIDTH * WIDTH, y_RH, WIDTH // DEPTH, PRECISION)
         if layer == LAYERS - 1:
-            noise_at = tl.cast(step, tl.int64) * step_stride + row * step_row + h[None, :] * step_column
+            noise_at = tl.cast(step, tl.int64) * step_stride + row * step_row + column * step_column
             a, a_next = tl.load(alpha + step), tl.load(alpha_next + step)
             z_RH = _ddim_update(x_RH, y_RH, step_noise, noise_at, is_latent, a, a_next, eta, clip, PREDICTION)
             x_RH = tl.where(is_latent, z_RH, x_RH)
@@ -196,14 +197,15 @@ def wide_kernel(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
     row = (program * ROWS + r)[:, None]
+    column = d.to(tl.int64)[None, :]
     is_latent = (row < batch) & (d < LATENT)[None, :]
     is_condition = (row < batch) & (e < CONDITION)[None, :]
     own = scratch + program * ((3 + PAIRS) * TILE)
     tile_at = own + r[:, None] * WIDTH + h[None, :]
     a_at = own + r[:, None] * WIDTH + k[None, :]
     latent_at = own + r[:, None] * WIDTH + d[None, :]
-    z_RD = tl.load(noise + row * noise_row + d[None, :] * noise_column, mask=is_latent, other=0.0).to(tl.float32)
-    beside = row * condition_row + e[None, :] * condition_column
+    z_RD = tl.load(noise + row * noise_row + column * noise_column, mask=is_latent, other=0.0).to(tl.float32)
+    beside = row * condition_row + e.to(tl.int64)[None, :] * condition_column
     c_RE = tl.load(condition + beside, mask=is_condition, other=0.0)
     tl.store(tile_at, tl.zeros([ROWS, WIDTH], DTYPE))
     tl.debug_barrier()
@@ -232,7 +234,7 @@ def wide_kernel(
         bias_at = bias + (step if LAYERS == 1 else steps + LAYERS - 2) * WIDTH + d
         w_at = matrices + (LAYERS - 1) * WIDTH * WIDTH + d[None, :] * WIDTH + k[:, None]
         output_RD = _layer(a_at + source * TILE, w_at, bias_at, WIDTH, DEPTH, PRECISION, STAGES)
-        noise_at = tl.cast(step, tl.int64) * step_stride + row * step_row + d[None, :] * step_column
+        noise_at = tl.cast(step, tl.int64) * step_stride + row * step_row + column * step_column
         a, a_next = tl.load(alpha + step), tl.load(alpha_next + step)
         z_RD = _ddim_update(z_RD, output_RD, step_noise, noise_at, is_latent, a, a_next, eta, clip, PREDICTION)
     tl.store(out + row * LATENT + d[None, :], z_RD, mask=is_latent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -87,7 +88,7 @@ def test_assign_matches_loops(tokens: int, codes: int, dims: int, dtype: torch.d
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, -3e4])
-@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("size", [1e-18, 1.0, 1e18])
 def test_assign_keeps_digits(offset: float, size: float, form: str) -> None:
     """A common offset of tokens and codes, and the size of the numbers, cost no accuracy."""
     tokens_ND, codes_LD = (normal(128, 70) + offset) * size, (normal(96, 70) + offset) * size
@@ -98,12 +99,52 @@ def test_assign_keeps_digits(offset: float, size: float, form: str) -> None:
     torch.testing.assert_close(got.distances_N.double(), chosen_N, rtol=1e-5, atol=0)
 
 
-def test_assign_is_not_misled_by_one_far_code(form: str) -> None:
-    """Codes that left the others by five orders of magnitude, also those the centre is taken from."""
+def test_assign_small_codes_among_large_tokens(form: str) -> None:
+    """What decides, -2 z.e, is 30 orders of magnitude below |z|^2, which is the same for all codes."""
+    tokens_ND, codes_LD = normal(128, 40), normal(96, 40) * 1e-30
+    indices_N = codebook_assign(tokens_ND, codes_LD).indices_N
+    assert torch.equal(indices_N, (tokens_ND.double() @ codes_LD.double().T).argmax(1))
+
+
+@pytest.mark.parametrize("far", [16, 48, 80])  # the codes that the centre is taken from
+def test_assign_is_not_misled_by_one_far_code(far: int, form: str) -> None:
+    """Codes that left the others by five orders of magnitude."""
     tokens_ND, codes_LD = normal(128, 40), normal(96, 40)
-    codes_LD[16] *= 1e5
+    codes_LD[far] *= 1e5
     codes_LD[90] *= 1e5
     assert_nearest(codebook_assign(tokens_ND, codes_LD).indices_N, distances(tokens_ND, codes_LD))
+
+
+@pytest.mark.parametrize(
+    ("value", "broken"),
+    [
+        *itertools.product([torch.nan, torch.inf, -torch.inf], [[5], [16, 48], [16, 48, 80], [0, 1, 95]]),
+        *itertools.product([1e25], [[5], [48]]),  # finite, but its square is not
+    ],
+)
+def test_assign_never_chooses_a_broken_code(value: float, broken: list[int], form: str) -> None:
+    """One component is enough; the other codes are found as if it were not there."""
+    tokens_ND, codes_LD = normal(70, 20), normal(96, 20)
+    codes_LD[broken, 7] = value
+    left_K = torch.tensor([code for code in range(96) if code not in broken], device=DEVICE)
+    got = codebook_assign(tokens_ND, codes_LD)
+    assert got.num_bad.item() == 0
+    assert torch.equal(got.indices_N, left_K[distances(tokens_ND, codes_LD[left_K]).argmin(1)])
+
+
+def test_assign_without_a_usable_code(form: str) -> None:
+    got = codebook_assign(normal(70, 20), torch.full([30, 20], torch.nan, device=DEVICE))
+    assert got.num_bad.item() == 70
+    assert got.indices_N.tolist() == [-1] * 70
+    assert bool(got.distances_N.isnan().all())
+
+
+def test_assign_under_autocast(form: str) -> None:
+    tokens_ND, codes_LD = normal(128, 40), normal(96, 40)
+    plain = codebook_assign(tokens_ND, codes_LD)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = codebook_assign(tokens_ND, codes_LD)
+    assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
 
 
 def test_assign_tokens_of_all_sizes(form: str) -> None:
@@ -195,6 +236,21 @@ def test_assign_takes_any_strides(form: str) -> None:
     torch.testing.assert_close(got.distances_N, plain.distances_N)
 
 
+@pytest.mark.parametrize("valid", [[True], [False], None])
+def test_assign_takes_any_strides_of_the_mask(valid: list[bool] | None, form: str) -> None:
+    """Of an expanded mask memory holds one element only."""
+    tokens_ND, codes_LD = normal(20, 10), normal(7, 10)
+    if valid:
+        valid_N = torch.tensor(valid, device=DEVICE).expand(20)
+    else:
+        valid_N = (torch.arange(40, device=DEVICE).view(20, 2) % 3 == 0)[:, 1]
+    assert not valid_N.is_contiguous()
+    got = codebook_assign(tokens_ND, codes_LD, valid_N=valid_N)
+    plain = codebook_assign(tokens_ND, codes_LD)
+    assert torch.equal(got.indices_N, torch.where(valid_N, plain.indices_N, -1))
+    assert torch.equal(got.distances_N, torch.where(valid_N, plain.distances_N, 0.0))
+
+
 def two_states(codes: int, dims: int) -> tuple[CodebookState, CodebookState]:
     """Equal, of two modalities; half of the codes is about to die."""
     state = initial_state(normal(codes, dims), 2)
@@ -249,6 +305,15 @@ def test_no_gradient_passes(form: str) -> None:
         (lambda z, e, s: codebook_assign(z, e, valid_N=torch.ones(6, device=DEVICE)), "bool"),
         (lambda z, e, s: codebook_assign(z, e, precision="bf16"), "got 'bf16'"),
         (lambda z, e, s: codebook_sums([], 5), "at least one modality"),
+        (lambda z, e, s: codebook_sums([Observed(z[:, :0], None, choices(6, 5))], 5), "at least one dimension"),
+        (
+            lambda z, e, s: codebook_sums([Observed(z[:1].expand(1 << 27, 4), None, choices(1, 5).expand(1 << 27))], 5),
+            "fewer than 134217728 tokens",
+        ),
+        (
+            lambda z, e, s: codebook_apply(initial_state(e[:, :0], 2), torch.zeros(10, device=DEVICE), decay=0.9),
+            r"at least one dimension, got \[5, 0\]",
+        ),
         (lambda z, e, s: codebook_sums([Observed(z, z[:, :3], choices(6, 5))], 5), "teachers_ND"),
         (lambda z, e, s: codebook_sums([Observed(z, z.half(), choices(6, 5))], 5), "teachers_ND"),
         (lambda z, e, s: codebook_sums([Observed(z, None, choices(7, 5))], 5), "indices_N"),

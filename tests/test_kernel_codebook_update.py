@@ -217,6 +217,47 @@ def test_reset_in_numbers(form: str) -> None:
     assert not state.idle_ML.any()
 
 
+@pytest.mark.parametrize("outside", [-1, 5, 1 << 40])
+def test_reset_passes_over_what_is_outside(outside: int, form: str) -> None:
+    """Code 2 lives but is not in the permutation: it is averaged as ever, and code 0 is the donor of all."""
+    state = small_state([[0, 5, 0, 5, 5], [0, 5, 0, 0, 5]])
+    permutation_L = torch.tensor([4, outside, 1, 0, 3], device=DEVICE)
+    counts = [[1.0, 0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 1.0, 0.0]]
+    apply_counts(state, counts, reset_after=6, permutation_L=permutation_L, noise=0.0)
+    assert state.codes_LD[:, 0].tolist() == pytest.approx([0.0, 0.0, 20.0, 0.0, 0.0], abs=1e-4)
+    assert state.count_L.tolist() == pytest.approx([1.5, 1.0, 1.5, 1.0, 1.0])
+    assert state.sum_LD[:, 0].tolist() == pytest.approx([0.0, 0.0, 30.0, 0.0, 0.0], abs=1e-4)
+    assert not state.idle_ML.any()
+
+
+def test_reset_with_nothing_but_what_is_outside(form: str) -> None:
+    state = small_state([[0, 9, 9]])
+    apply_counts(state, [[1.0, 0.0, 0.0]], reset_after=2, permutation_L=torch.tensor([3, 1, -1], device=DEVICE))
+    assert state.codes_LD[:, 0].tolist() == pytest.approx([0.0, 10.0, 20.0])
+    assert state.idle_ML.tolist() == [[0, 10, 10]]
+
+
+def test_apply_takes_any_strides(form: str) -> None:
+    """Of the buffer, which is whatever the caller's reduction returns, and of the permutation."""
+    observed, permutation_L = observe(2, 40, 21, 12), torch.randperm(21, device=DEVICE)
+    flat = codebook_sums(observed, 21)
+    start = random_state(21, 12, 2)
+    expected = copy_of(start)
+    codebook_apply(expected, flat, decay=0.9, reset_after=2, permutation_L=permutation_L)
+    for strided, mixed_L in (
+        (torch.stack([flat, flat * 0], 1)[:, 0], permutation_L),
+        (flat, torch.stack([permutation_L, permutation_L * 0], 1)[:, 0]),
+    ):
+        state = copy_of(start)
+        codebook_apply(state, strided, decay=0.9, reset_after=2, permutation_L=mixed_L)
+        assert_states_equal(state, expected)
+    states = [copy_of(start), copy_of(start)]
+    ones = torch.ones(1, device=DEVICE).expand(len(flat))
+    for state, same in zip(states, (ones, ones.contiguous()), strict=True):
+        codebook_apply(state, same, decay=0.9)
+    assert_states_equal(*states)
+
+
 def test_rules_differ(form: str) -> None:
     """A code that one modality of two uses lives by "any" and dies by "all"; one batch less and it lives by both."""
     counts = [[1.0, 1.0], [0.0, 1.0]]

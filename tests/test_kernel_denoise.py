@@ -215,6 +215,32 @@ def test_strides_and_types_of_inputs() -> None:
     assert torch.equal(sample(one_condition), sample(copied))
 
 
+@pytest.mark.parametrize("form", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_autocast_changes_nothing(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AVS_KERNELS", form)
+    inputs = make(dtype=dtype)
+    expected = sample(inputs, eta=0.5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(sample(inputs, eta=0.5), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [(24,) * 3, (140,) * 2], ids=["resident", "wide"])
+def test_strides_beyond_32_bits(hidden: tuple[int, ...]) -> None:
+    """The last columns are 2^31 elements away."""
+    inputs = make(3, latent=5, condition=3, hidden=hidden)
+    memory = torch.empty(2**31 + 64, device=DEVICE)
+    noise_BD = memory.as_strided((3, 5), (1, 2**29))
+    condition_BE = memory.as_strided((3, 3), (1, 2**30), 16)
+    step_noise_SBD = memory.as_strided((2, 3, 5), (8, 1, 2**29), 32)
+    noise_BD.copy_(inputs.noise_BD)
+    condition_BE.copy_(inputs.condition_BE)
+    step_noise_SBD.copy_(inputs.step_noise_SBD)
+    far = inputs._replace(noise_BD=noise_BD, condition_BE=condition_BE, step_noise_SBD=step_noise_SBD)
+    assert torch.equal(sample(far, eta=0.5), sample(inputs, eta=0.5))
+
+
 def test_packed_weights_give_the_same_and_an_empty_batch_is_empty(poisoned: None) -> None:
     inputs = make(hidden=(20, 18))
     packed = pack(inputs.weights)
@@ -292,6 +318,13 @@ def _layer(weights: DenoiserWeights, matrix: Tensor) -> DenoiserWeights:
         (lambda i: i, {"eta": 1.5}, "between 0 and 1, got 1.5"),
         (lambda i: i, {"eta": 0.5, "step_noise_SBD": None}, "needs step_noise_SBD"),
         (lambda i: i, {"clip": 0.0}, "clip must be positive"),
+        (lambda i: i, {"clip": torch.tensor(1.0)}, "clip must be a Python number, got Tensor"),
+        (lambda i: i, {"eta": torch.tensor(0.5)}, "eta must be a Python number, got Tensor"),
+        (
+            lambda i: i._replace(weights=i.weights._replace(slope=torch.tensor(0.1))),
+            {},
+            "slope must be a Python number, got Tensor",
+        ),
     ],
 )
 @pytest.mark.parametrize("form", ["torch", "triton"])
