@@ -259,14 +259,15 @@ def _torch_form(
 def _denoise(value: Tensor, step: int, weights: DenoiserWeights) -> Tensor:
     """Output of the denoiser for latent and condition side by side."""
     givers = {taker: giver for giver, taker in skip_pairs(len(weights.matrices))} if weights.skips else {}
-    outputs: list[Tensor] = []
+    kept: dict[int, Tensor] = {}
     for layer, (matrix, bias) in enumerate(zip(weights.matrices, weights.biases, strict=True)):
         if layer in givers:
-            value = value + outputs[givers[layer]]
+            value = value + kept.pop(givers[layer])
         value = F.linear(value, matrix, bias)
         if layer == 0:
             value = value + weights.step_SH[step]
         if layer < len(weights.matrices) - 1:
             value = F.leaky_relu(value, weights.slope)
-        outputs.append(value)
+        if layer in givers.values():
+            kept[layer] = value
     return value
