@@ -153,13 +153,14 @@ def test_the_choice_of_kernels(monkeypatch, caplog):
         runtime.require_triton("tpavi", torch.empty(1, device="meta"))
 
 
-def test_module_runs_the_kernels_also_under_compile():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.gpu)])
+def test_module_runs_the_kernels_also_under_compile(backend):
     block = TPAVI(16, 6, time_aligned=True, implementation="triton").to(DEVICE)
     plain = copy.deepcopy(block)
     plain._requested = "rank_t"
     assert (block.implementation, plain.implementation) == ("triton", "rank_t")
     x, audio = torch.randn(2, 5, 16, 4, 3, device=DEVICE), torch.randn(2, 5, 6, device=DEVICE)
-    compiled = torch.compile(block, backend="eager" if DEVICE == "cpu" else "inductor")
+    compiled = torch.compile(block, backend=backend)
     out, want = compiled(x, audio), plain(x, audio)
     torch.testing.assert_close(out, want, atol=1e-5, rtol=1e-5)
     for module, result in ((block, out), (plain, want)):
@@ -170,14 +171,16 @@ def test_module_runs_the_kernels_also_under_compile():
     torch.testing.assert_close(block.running_var, plain.running_var)
 
 
-def test_a_whole_model_learns_the_same_with_and_without_kernels():
+@pytest.mark.parametrize(
+    ("size", "frames", "steps"), [(32, 2, 4), pytest.param(224, 5, 10, marks=pytest.mark.gpu)], ids=str
+)
+def test_a_whole_model_learns_the_same_with_and_without_kernels(size, frames, steps):
     pytest.importorskip("timm", reason="the whole model needs timm")
     pytest.importorskip("torchaudio", reason="the whole model needs torchaudio")
     from avs_dist.clip import Clip
     from avs_dist.config import AudioConfig, BackboneConfig, Config, ModelConfig, NeckConfig, TPAVIConfig
     from avs_dist.systems import build_system
 
-    size, frames, steps = (32, 2, 4) if DEVICE == "cpu" else (224, 5, 10)
     clip = Clip(
         frames_BTCHW=torch.randn(2, frames, 3, size, size),
         mel_BTFM=torch.randn(2, frames, 96, 64),
