@@ -227,9 +227,9 @@ def test_equal_input_gives_equal_bytes_for_any_number_of_workers(tmp_path: Path)
 def test_other_settings_or_foreign_files_are_refused(tmp_path: Path):
     write_ms3(tmp_path, {"a": "train", "b": "train"})
     built(tmp_path, tmp_path / "out")
-    before = (tmp_path / "out/index.json").stat()
+    before = stamp(tmp_path / "out/index.json")
     assert len(built(tmp_path, tmp_path / "out", workers=2).shards) == 1  # nothing to do
-    assert (tmp_path / "out/index.json").stat() == before
+    assert stamp(tmp_path / "out/index.json") == before
     with pytest.raises(ValueError, match=r"image_size \(there 32, now 64\)"):
         built(tmp_path, tmp_path / "out", size=64)
     (tmp_path / "other").mkdir()
