@@ -9,9 +9,11 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; two ranks run side by side in some tests
 
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +45,25 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def ordered_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted matrix products sum in one order everywhere, as a GPU's tensor cores do.
+
+    The interpreter takes BLAS, which on some CPUs rounds equal rows or columns differently by their place.
+    """
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+        total = np.zeros_like(d.data)
+        for left, right in zip(a.data.T.astype(total.dtype), b.data.astype(total.dtype), strict=True):
+            total += left[:, None] * right
+        return TensorHandle(total + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

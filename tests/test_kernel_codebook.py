@@ -159,6 +159,7 @@ def test_assign_tokens_of_all_sizes(form: str) -> None:
     assert bool((excess_N <= 1e-6 * (square_N.sqrt() + 1) * codes_LD.double().norm(dim=1).max()).all())
 
 
+@pytest.mark.usefixtures("ordered_dot")
 @pytest.mark.parametrize("programs", [1, 256])
 def test_assign_ties_go_to_the_lowest_index(programs: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal codes in the same tile, in other tiles of a program, and in other programs."""

@@ -173,6 +173,7 @@ def test_variance_does_not_turn_negative(form: str, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("ordered_dot")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [(24,) * 3, (140,) * 2], ids=["resident", "wide"])
 def test_result_of_a_row_does_not_depend_on_its_batch(hidden: tuple[int, ...], dtype: torch.dtype) -> None:
