@@ -29,6 +29,7 @@ setup(
         "safetensors>=0.5",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
+        "scikit-learn>=1.4",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from avs_dist import world
 from avs_dist.config import Config, config_hash, from_dict, to_dict
 from avs_dist.engine import Engine
+from avs_dist.modules.weights import first_lines
 from avs_dist.shards.files import write_text
 from avs_dist.systems import build_system
 from avs_dist.systems.base import System
@@ -105,15 +106,35 @@ def find_checkpoint(path: str | Path) -> Path:
     raise FileNotFoundError(f"no checkpoint in {path}: expected {MANIFEST} or checkpoints/best.json (avs-dist train)")
 
 
+def load_weights(system: System, checkpoint: str | Path) -> None:
+    """Start `system` from the weights of a checkpoint or run (train.init_from).
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it holds another model, or is damaged.
+    """
+    folder = find_checkpoint(checkpoint)
+    try:
+        system.load_state_dict(_weights(folder))
+    except RuntimeError as error:
+        raise ValueError(f"train.init_from: {folder} holds another model: {first_lines(error)}") from error
+
+
 def load_system(checkpoint: str | Path, device: torch.device | str = "cpu") -> tuple[System, Config]:
     """System with its trained weights, in evaluation mode, and the config it was trained with."""
     folder = find_checkpoint(checkpoint)
-    files = _manifest(folder)["files"]
-    _verify(folder, {name: files[name] for name in ("config.yaml", "model.safetensors")})
+    weights = _weights(folder)
     config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
     system = build_system(config, load_pretrained=False)
-    system.load_state_dict(load_file(folder / "model.safetensors"))
+    system.load_state_dict(weights)
     return system.to(device).eval(), config
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a checkpoint whose config and weights are as its manifest says."""
+    files = _manifest(folder)["files"]
+    _verify(folder, {name: files[name] for name in ("config.yaml", "model.safetensors")})
+    return load_file(folder / "model.safetensors")
 
 
 def image_size(checkpoint: str | Path) -> int:

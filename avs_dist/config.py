@@ -20,6 +20,11 @@ def _at_least(key: str, value: float, least: float) -> None:
         raise ValueError(f"{key}={value}: must be at least {least}")
 
 
+def _share(key: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{key}={value}: must be from 0 to 1")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the clips come from.
@@ -30,6 +35,7 @@ class DataConfig:
         eval_split: Split used for the evaluations during training.
         workers: Decoding processes per rank (0 decodes in the training process).
         shuffle_window: Clips that are mixed at a time, counted over consecutive (shuffled) shards.
+        mirror: Share of the training clips that are mirrored left to right, frames and masks together (ECMVAE: 0.3).
     """
 
     shards: str = "shards"
@@ -37,10 +43,12 @@ class DataConfig:
     eval_split: str = "val"
     workers: int = 2
     shuffle_window: int = 4096
+    mirror: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("data.workers", self.workers, 0)
         _at_least("data.shuffle_window", self.shuffle_window, 1)
+        _share("data.mirror", self.mirror)
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,24 @@ class NeckConfig:
     """Channel reduction after each backbone stage.
 
     Args:
-        kind: "dilated" (TPAVI paper: sum of four dilated 3x3 convolutions) or "one_layer" (one 3x3 convolution).
-        channels: Output channels of every stage (TPAVI paper: 256).
+        kind: "dilated" (TPAVI paper: sum of four dilated 3x3 convolutions), "one_layer" (ECMVAE paper: one 3x3
+            convolution) or "three_layer" (public ECMVAE code: 1x1, 3x3, 3x3, each with batch normalisation).
+        channels: Output channels of every stage (TPAVI paper: 256, ECMVAE: 128).
     """
 
-    kind: Literal["dilated", "one_layer"] = "dilated"
+    kind: Literal["dilated", "one_layer", "three_layer"] = "dilated"
     channels: int = 256
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """From the four stages to mask logits.
+
+    Args:
+        kind: "bilinear" (TPAVI paper) or "nearest" (public ECMVAE code: batch normalisation, nearest enlargement).
+    """
+
+    kind: Literal["bilinear", "nearest"] = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -93,6 +113,7 @@ class TPAVIConfig:
         implementation: "auto" (the fastest there is: Triton on a GPU, torch elsewhere), or one of the same result:
             "triton", "rank_t" (the same form in torch), "literal" (the published N x N formula).
         l2_normalise: Normalise tokens and audio over the channels first, as ECMVAE does.
+        align_audio: Project the audio to the channels of the tokens (published); false needs 128 channels.
     """
 
     stages: tuple[int, ...] = (0, 1, 2, 3)
@@ -100,6 +121,37 @@ class TPAVIConfig:
     key: Literal["audio", "visual", "both"] = "audio"
     implementation: Literal["auto", "triton", "rank_t", "literal"] = "auto"
     l2_normalise: bool = False
+    align_audio: bool = True
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Latent codes of ECMVAE, for every frame.
+
+    Args:
+        kind: "vae" (paper), or "ae": the codes are features, with neither posterior nor sampling (Table 3).
+        factorise: Codes of the picture, the sound and what they share (s_v, s_a, c); false: one code (Table 3).
+        dim: Numbers in each code, L (paper: 16).
+        joint: How the shared code hears both modalities: "fused" features (paper), or a Gaussian of each joined by
+            their product ("poe") or mixture ("moe") (Table 4).
+        inject: Where the codes enter the coarsest stage: "after_tpavi" (paper) or "before_tpavi" (public code).
+        spatial_noise: Standard deviation of the noise added to the codes at each position ("sampling" in Fig. 1; the
+            paper gives no number, the public code has none).
+        samples: Draws from the prior that a prediction averages.
+    """
+
+    kind: Literal["vae", "ae"] = "vae"
+    factorise: bool = True
+    dim: int = 16
+    joint: Literal["fused", "poe", "moe"] = "fused"
+    inject: Literal["after_tpavi", "before_tpavi"] = "after_tpavi"
+    spatial_noise: float = 0.1
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "samples"):
+            _at_least(f"model.latent.{name}", getattr(self, name), 1)
+        _at_least("model.latent.spatial_noise", self.spatial_noise, 0)
 
 
 @dataclass(frozen=True)
@@ -111,12 +163,46 @@ class ModelConfig:
         compat: "paper", or "published_code" to reproduce where the public code departs from it.
     """
 
-    system: Literal["tpavi"] = "tpavi"
+    system: Literal["tpavi", "ecmvae"] = "tpavi"
     compat: Literal["paper", "published_code"] = "paper"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     neck: NeckConfig = field(default_factory=NeckConfig)
     tpavi: TPAVIConfig = field(default_factory=TPAVIConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+
+
+@dataclass(frozen=True)
+class LatentLossConfig:
+    """What ECMVAE asks of its codes; the names in brackets are those of the paper.
+
+    Args:
+        divergence: Between posterior and prior of the shared code: Jensen-Shannon ("js", eq. 5, or "js_geometric",
+            with the geometric mean of the two as dynamic prior), or "kl" (Table 4).
+        draws: Samples of each distribution that estimate "js".
+        beta: Weight of all divergences (beta).
+        posterior_share: Weight of the masks painted from posterior codes, and of beta; the rest is for masks from
+            prior codes (alpha_1, eq. 8).
+        orthogonality: Weight of L_diff (lambda_1, eq. 9).
+        information: Weight of L_sic (lambda_2, eq. 12).
+        information_posterior_share: Share of the posterior codes in L_sic and L_diff (alpha_2).
+    """
+
+    divergence: Literal["js", "js_geometric", "kl"] = "js"
+    draws: int = 8
+    beta: float = 0.1
+    posterior_share: float = 0.5
+    orthogonality: float = 0.001
+    information: float = 0.01
+    information_posterior_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _at_least("loss.latent.draws", self.draws, 1)
+        for name in ("beta", "orthogonality", "information"):
+            _at_least(f"loss.latent.{name}", getattr(self, name), 0)
+        for name in ("posterior_share", "information_posterior_share"):
+            _share(f"loss.latent.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -124,14 +210,19 @@ class LossConfig:
     """Weights and variants of the losses.
 
     Args:
+        segmentation: "bce" (TPAVI paper) or "structure": BCE weighted near edges plus weighted IoU (ECMVAE paper).
         avm: Audio-visual matching loss (TPAVI paper eq. 6 and its published variants), or "none".
         avm_weight: Its weight (published: 0.5).
         avm_stages: Stages it is applied to.
+        avm_normalise: L2-normalise what the AVM loss compares (flag norm_fea of the public codes).
     """
 
+    segmentation: Literal["bce", "structure"] = "bce"
     avm: Literal["none", "s4_cosine", "ms3_kl", "ms3_euclidean", "visual_visual", "avss_kl"] = "none"
     avm_weight: float = 0.5
     avm_stages: tuple[int, ...] = (0, 1, 2, 3)
+    avm_normalise: bool = False
+    latent: LatentLossConfig = field(default_factory=LatentLossConfig)
 
 
 @dataclass(frozen=True)
@@ -188,6 +279,7 @@ class TrainConfig:
         eval_every: Steps between evaluations (and checkpoints); 0 = only at the end.
         log_every: Steps between log lines.
         resume: Continue from the last checkpoint in out_dir.
+        init_from: Start from the weights of this checkpoint or run of the same model (MS3 from S4).
     """
 
     max_steps: int = 1000
@@ -196,6 +288,7 @@ class TrainConfig:
     eval_every: int = 0
     log_every: int = 10
     resume: bool = False
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch", "log_every"):

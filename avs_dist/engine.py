@@ -23,7 +23,7 @@ from avs_dist.clip import Clip
 from avs_dist.config import Config
 from avs_dist.optim import build_optimizer, lr_factor
 from avs_dist.shards import plan
-from avs_dist.systems.base import Prediction, System
+from avs_dist.systems.base import LatentCodes, Prediction, System
 
 
 def micro_batch_size(config: Config) -> int:
@@ -115,6 +115,11 @@ class Engine:
     def predict(self, clip: Clip) -> Prediction:
         self._engine.eval()
         return self._engine("predict", clip.to(self.device, self.dtype), None)
+
+    @torch.no_grad()
+    def latents(self, clip: Clip) -> LatentCodes | None:
+        self._engine.eval()
+        return self._engine("latents", clip.to(self.device, self.dtype))
 
     def learning_rate(self, step: int) -> float:
         return self.config.optim.lr * lr_factor(step, self.config.train.max_steps, self.config.optim)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from tqdm import tqdm
 
-from avs_dist import world
+from avs_dist import metrics, uncertainty, world
 from avs_dist.clip import Clip
-from avs_dist.metrics import DEFINITIONS, SegmentationMetrics
+from avs_dist.metrics import SegmentationMetrics
 from avs_dist.systems.base import Prediction
+from avs_dist.uncertainty import UncertaintyMetrics
 
 PUBLISHED_BATCH = 4  # clips per batch of the published F-score
+DEFINITIONS = metrics.DEFINITIONS | uncertainty.DEFINITIONS
 
 
 @torch.no_grad()
@@ -35,22 +37,24 @@ def evaluate(
         label: name on the progress bar.
 
     Returns:
-        The values of `SegmentationMetrics.compute`.
+        The values of `SegmentationMetrics.compute`, and where the predictions carry a variance those of
+        `UncertaintyMetrics.compute`.
 
     Raises:
         ValueError: no labelled frame in the data; NaN predictions.
     """
-    metrics = SegmentationMetrics(batch_size_compat)
+    segmentation, spread = SegmentationMetrics(batch_size_compat), UncertaintyMetrics()
     for clip, positions in tqdm(batches, desc=label, unit="batch", leave=False, disable=not world.is_main()):
-        logits_BTHW = predict(clip).logits_BTHW
-        counted_BT = (clip.labelled_BT & clip.valid_BT).cpu()
-        positions_BT = torch.as_tensor(positions)[:, None].expand_as(counted_BT)
-        metrics.update(
-            logits_BTHW[counted_BT.to(logits_BTHW.device)],
-            clip.masks_BTHW[counted_BT.to(clip.masks_BTHW.device)],
-            positions_BT[counted_BT],
-        )
-    return metrics.compute()
+        prediction = predict(clip)
+        positions_BT = torch.as_tensor(positions)[:, None].expand(clip.valid_BT.shape)
+        counted_BT = (clip.labelled_BT & clip.valid_BT).cpu() & (positions_BT >= 0)
+        logits_FHW = prediction.logits_BTHW[counted_BT.to(prediction.logits_BTHW.device)]
+        masks_FHW = clip.masks_BTHW[counted_BT.to(clip.masks_BTHW.device)]
+        segmentation.update(logits_FHW, masks_FHW, positions_BT[counted_BT])
+        if prediction.variance_BTHW is not None:
+            variance_FHW = prediction.variance_BTHW[counted_BT.to(prediction.variance_BTHW.device)]
+            spread.update(logits_FHW, variance_FHW, masks_FHW)
+    return segmentation.compute() | spread.compute()
 
 
 COLUMNS = {
@@ -59,6 +63,10 @@ COLUMNS = {
     "miou_silent": "silent",
     "f_score": "F",
     "f_score_batched": "F batched",
+    "std": "std",
+    "std_right": "std right",
+    "std_wrong": "std wrong",
+    "error_auroc": "AUROC",
 }
 
 
@@ -78,7 +86,7 @@ def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
     first = next(iter(results.values()))
     lines.append("")
     lines.append(f"{first['frames']:.0f} frames, {first['frames_with_sound']:.0f} of them with something that sounds")
-    lines += [f"{COLUMNS[key]:<10} {DEFINITIONS[key]}" for key in shown]
-    if "f_score_batched" in shown:
-        lines[-1] += f" (batches of {first['batch_size']:.0f})"
+    for key in shown:
+        batches = f" (batches of {first['batch_size']:.0f})" if key == "f_score_batched" else ""
+        lines.append(f"{COLUMNS[key]:<10} {DEFINITIONS[key]}{batches}")
     return "\n".join(lines)

@@ -1,8 +1,10 @@
 """Any video file in; a mask for each second, a painted video with the original sound, and a JSON summary out.
 
-<out>/<name>/masks/0001.png ...   {0,255} at the size of the video, one for each second
-<out>/<name>/overlay.mp4          all frames with the mask of their second, the sound of the input
-<out>/<name>/summary.json         what `predict_video` returns
+<out>/<name>/masks/0001.png ...         {0,255} at the size of the video, one for each second
+<out>/<name>/uncertainty/0001.png ...   of a system that draws several masks: the standard deviation of the probability
+                                        over them, 0..0.5 as 0..255
+<out>/<name>/overlay.mp4                all frames with the mask of their second, the sound of the input
+<out>/<name>/summary.json               what `predict_video` returns
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +29,7 @@ from avs_dist.shards.files import write_text
 from avs_dist.shards.schema import MEL_FRAMES, Sample
 from avs_dist.shards.workers import ClipError, MediaWorker, VideoFacts
 from avs_dist.systems.base import System
+from avs_dist.uncertainty import MAX_STD
 
 LEVELS_PER_S = 8  # of the sound meter
 SILENT_RATE_HZ = 16_000  # rate of the silence that stands for a missing sound track
@@ -39,6 +42,13 @@ class Window:
     sample: Sample
     start: int
     skip: int
+
+
+class _Painted(NamedTuple):
+    """A window at the size of the video, on the CPU."""
+
+    probability_THW: Tensor
+    std_THW: Tensor | None
 
 
 def predict_video(
@@ -62,7 +72,8 @@ def predict_video(
     Returns:
         Facts of the video, `sound` ("ok", "silent" or "none"), `audio_track` of the overlay ("copied", "re-encoded" or
         "none"), paths, and for each second its mask file, `sounding_area` (share of the picture), `mean_probability`
-        and `loudness` (mean log-mel; ln 0.01 = -4.6 is digital silence).
+        and `loudness` (mean log-mel; ln 0.01 = -4.6 is digital silence). Of a system that gives a variance also
+        `uncertainty`, the folder of those pictures, and for each second `mean_std`.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -79,17 +90,18 @@ def predict_video(
     with MediaWorker() as worker:
         try:
             facts = worker.probe(video)
-            masks_dir = _empty_folder(folder / "masks")
+            for kind in ("masks", "uncertainty"):
+                _remove_pictures(folder / kind)
             total = _whole_seconds(facts)
             bar = tqdm(total=total, desc=f"predict {video.name}", unit="s", disable=not progress)
             for window in _windows(worker, video, facts, image_size, window_s):
-                probability_THW = _probabilities(system, window, (facts.height, facts.width), device)
+                painted = _paint(system, window, (facts.height, facts.width), device)
                 sounds.add(window.sample.meta["sound"])
-                for t in range(window.skip, len(probability_THW)):
+                for t in range(window.skip, len(painted.probability_THW)):
                     mel_FM = window.sample.mel_TFM[t]
-                    seconds.append(_write_mask(masks_dir, window.start + t, probability_THW[t], mel_FM))
+                    seconds.append(_write_second(folder, window.start + t, painted, t, mel_FM))
                     levels.append(mel_FM.reshape(LEVELS_PER_S, MEL_FRAMES // LEVELS_PER_S, -1).mean(axis=(1, 2)))
-                bar.update(len(probability_THW) - window.skip)
+                bar.update(len(painted.probability_THW) - window.skip)
             bar.close()
         except ClipError as error:
             raise ValueError(f"{video}: cannot be read as a video: {error}") from None
@@ -109,6 +121,8 @@ def predict_video(
         "audio_track": track,
         "seconds": seconds,
     }
+    if "mean_std" in seconds[0]:
+        summary["uncertainty"] = str(folder / "uncertainty")
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -133,36 +147,57 @@ def _windows(worker: MediaWorker, video: Path, facts: VideoFacts, image_size: in
         no_mask = np.zeros((count, image_size, image_size), dtype=np.uint8)
         unlabelled = np.zeros(count, dtype=bool)
         meta = {"sound": sound_flag(media.waveform_S)}
-        sample = Sample(video.stem, frames_THWC, mel_TFM, no_mask, unlabelled, meta)
+        # a name of its own, as draws of latent codes depend on it
+        name = f"{video.stem}/{start}"
+        sample = Sample(name, frames_THWC, mel_TFM, no_mask, unlabelled, meta)
         yield Window(sample, start, first_new - start)
 
 
 @torch.no_grad()
-def _probabilities(system: System, window: Window, size_HW: tuple[int, int], device: torch.device | str) -> Tensor:
-    """Probability of each pixel of the video, [T,H,W] on the CPU."""
+def _paint(system: System, window: Window, size_HW: tuple[int, int], device: torch.device | str) -> _Painted:
     prediction = system.predict(collate([window.sample]).to(device))
-    logits_THW = F.interpolate(prediction.logits_BTHW.float(), size_HW, mode="bilinear", align_corners=False)[0]
-    return logits_THW.sigmoid().cpu()
+    probability_THW = _enlarged(prediction.logits_BTHW, size_HW).sigmoid().cpu()
+    if prediction.variance_BTHW is None:
+        return _Painted(probability_THW, None)
+    return _Painted(probability_THW, _enlarged(prediction.variance_BTHW, size_HW).clamp_min(0).sqrt().cpu())
 
 
-def _write_mask(folder: Path, second: int, probability_HW: Tensor, mel_FM: np.ndarray) -> dict[str, Any]:
+def _enlarged(value_BTHW: Tensor, size_HW: tuple[int, int]) -> Tensor:
+    """The only clip of a batch at another size, [T,H,W]."""
+    return F.interpolate(value_BTHW.float(), size_HW, mode="bilinear", align_corners=False)[0]
+
+
+def _write_second(folder: Path, second: int, painted: _Painted, t: int, mel_FM: np.ndarray) -> dict[str, Any]:
+    probability_HW = painted.probability_THW[t]
     mask_HW = (probability_HW > 0.5).numpy()
-    path = folder / f"{second + 1:04d}.png"
-    partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(mask_HW.astype(np.uint8) * 255).save(partial, format="PNG")
-    partial.replace(path)
-    return {
+    name = f"{second + 1:04d}.png"
+    path = folder / "masks" / name
+    _write_grey(path, mask_HW.astype(np.uint8) * 255)
+    facts = {
         "second": second,
         "mask": str(path),
         "sounding_area": float(mask_HW.mean()),
         "mean_probability": float(probability_HW.mean()),
         "loudness": float(mel_FM.mean()),
     }
+    if painted.std_THW is not None:
+        std_HW = painted.std_THW[t].numpy()
+        grey_HW = (std_HW * (255 / MAX_STD)).round().clip(0, 255)
+        _write_grey(folder / "uncertainty" / name, grey_HW.astype(np.uint8))
+        facts["mean_std"] = float(std_HW.mean())
+    return facts
 
 
-def _empty_folder(folder: Path) -> Path:
-    """Masks of an earlier, longer video of the same name must not stay."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_grey(path: Path, picture_HW: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    Image.fromarray(picture_HW).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _remove_pictures(folder: Path) -> None:
+    """Those of an earlier, longer video of the same name, or of another system, must not stay."""
     for old in folder.glob("[0-9]*.png"):
         old.unlink()
-    return folder
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,12 +14,17 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from avs_dist import checkpoint, world
+from avs_dist.augment import mirror
+from avs_dist.clip import Clip
+from avs_dist.collapse import CollapseMonitor
 from avs_dist.config import Config, to_dict
+from avs_dist.draws import ClipDraws
 from avs_dist.engine import Engine, micro_batch_size, stop
 from avs_dist.evaluate import evaluate
 from avs_dist.loader import eval_loader, train_batches
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
+from avs_dist.shards.plan import PADDING
 from avs_dist.systems import build_system
 
 
@@ -42,7 +48,10 @@ def _train(config: Config, device: torch.device) -> Path:
     _check_splits(index, config)
     previous = _previous_run(config)
     torch.manual_seed(config.seed)
-    engine = Engine(build_system(config), config, device)
+    system = build_system(config)
+    if config.train.init_from and not previous:
+        checkpoint.load_weights(system, config.train.init_from)
+    engine = Engine(system, config, device)
     done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
     if world.is_main():
         print(engine.describe(), flush=True)
@@ -52,10 +61,11 @@ def _train(config: Config, device: torch.device) -> Path:
     saved = previous
     with RunLog(config, first_step=done) as log:
         for step, micro_batches in enumerate(train_batches(config, index, done), start=done):
-            log.step(step, engine.train_step(micro_batches, step), engine.learning_rate(step))
+            augmented = [_augment(clip, step, config) for clip in micro_batches]
+            log.step(step, engine.train_step(augmented, step), engine.learning_rate(step))
             if _due(step + 1, config):
-                metrics = _evaluate(engine, config)
-                log.evaluation(step + 1, metrics)
+                metrics, codes = _evaluate(engine, config)
+                log.evaluation(step + 1, metrics, codes)
                 saved = checkpoint.save(engine, config, step=step + 1, image_size=index.image_size, metrics=metrics)
     if saved is None:
         raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
@@ -87,9 +97,38 @@ def _due(steps_done: int, config: Config) -> bool:
     return steps_done == config.train.max_steps or (every > 0 and steps_done % every == 0)
 
 
-def _evaluate(engine: Engine, config: Config) -> dict[str, float]:
-    batches = eval_loader(config, config.data.eval_split, micro_batch_size(config), world.rank(), world.world_size())
-    return evaluate(engine.predict, batches)
+def _augment(clip: Clip, step: int, config: Config) -> Clip:
+    draws = ClipDraws(config.seed, step, clip.key)
+    return mirror(clip, config.data.mirror, draws, each_frame=config.model.compat == "published_code")
+
+
+def _evaluate(engine: Engine, config: Config) -> tuple[dict[str, float], dict[str, float]]:
+    """Metrics, and the state of the latent codes of a system that has them."""
+    batches = _Watched(engine, config)
+    metrics = evaluate(engine.predict, batches)
+    return metrics, batches.monitor.compute().scalars() if batches.monitor else {}
+
+
+class _Watched:
+    """Evaluation batches; the codes of a system that has them pass the posterior-collapse monitor on the way."""
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        size = micro_batch_size(config)
+        self._loader = eval_loader(config, config.data.eval_split, size, world.rank(), world.world_size())
+        self._engine = engine
+        self.monitor: CollapseMonitor | None = None
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Clip, Sequence[int]]]:
+        for clip, positions in self._loader:
+            codes = self._engine.latents(clip)
+            if codes is not None and codes.posterior:
+                self.monitor = self.monitor or CollapseMonitor()
+                counted_BT = clip.valid_BT & (torch.as_tensor(positions)[:, None] != PADDING)
+                self.monitor.update(codes, counted_BT)
+            yield clip, positions
 
 
 class RunLog:
@@ -126,10 +165,12 @@ class RunLog:
             self._write("train", step + 1, {**terms, "lr": lr, "seconds_per_step": seconds})
             self._since = time.monotonic()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, metrics: dict[str, float], codes: dict[str, float]) -> None:
         if self._main:
             self._bar.write(f"step {step}: " + "  ".join(f"{k}={v:.4f}" for k, v in metrics.items()))
             self._write("eval", step, metrics)
+            if codes:
+                self._write("codes", step, codes)
             self._since = time.monotonic()
 
     def _write(self, phase: str, step: int, values: dict[str, Any]) -> None:

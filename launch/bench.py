@@ -3,9 +3,10 @@
     avs-dist bench kernels                                     all ops; about 5 minutes on a GPU, 3 on a CPU
     avs-dist bench tpavi --size hw=56 B=4 --json tpavi.json    one op, own sizes
     python launch/bench.py kernels --markdown measured.md      from a plain checkout with torch, triton and numpy
+    avs-dist bench models                                      whole networks: parameters and time of a prediction
 
-Before anything is timed its outputs and gradients are compared with the truth in float64; a wrong result is not timed,
-and the exit code is 1. On a CPU each case runs in a fresh process, so that its peak memory is its own.
+Before a hot spot is timed its outputs and gradients are compared with the truth in float64; a wrong result is not
+timed, and the exit code is 1. On a CPU each case runs in a fresh process, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # a plain checkout, and not this folder
 
 import torch
 
-from avs_dist.launch.benchmarks import ceilings, report
+from avs_dist.launch.benchmarks import ceilings, models, report
 from avs_dist.launch.benchmarks.measure import measure
 from avs_dist.launch.benchmarks.problem import Case, Op, Size
 from avs_dist.launch.benchmarks.registry import OPS
@@ -43,8 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
     device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    cases = list(_cases(args, device))
     facts = report.facts(device, f"python launch/bench.py {shlex.join(argv)}")
+    if args.op == "models":
+        return _bench_models(args, device, facts)
+    cases = list(_cases(args, device))
     rows: report.Rows = []
     worker = Worker(fresh=device == "cpu" and not args.tiny)
     try:
@@ -55,13 +59,35 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(f"[{number}/{len(cases)}] {case}\n")
             result = worker.call(measure, case, limit_s=args.limit_s)
             rows.append((case, result))
-            _write(args, facts, rates, rows)  # after each case: a run that is cut off keeps what it has
+            # after each case: a run that is cut off keeps what it has
+            _save(args, report.as_json(facts, rates, rows), report.markdown(facts, rates, rows))
             if any("graph_failed" in figures for figures in result.get("modes", {}).values()):
                 worker.stop()  # what broke the capture may spoil the next case in this process
     finally:
         worker.stop()
     print(report.markdown(facts, rates, rows))
     failed = [f"{case}: {result['failed']}" for case, result in rows if "failed" in result]
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return 0
+
+
+def _bench_models(args: argparse.Namespace, device: str, facts: dict[str, Any]) -> int:
+    for name in ("dtypes", "size", "implementations"):
+        if getattr(args, name):
+            raise ValueError(f"--{name}: the networks of `models` are those of their papers")
+    rows: list[tuple[models.Model, dict[str, Any]]] = []
+    worker = Worker(fresh=not args.tiny)
+    try:
+        for number, model in enumerate(models.MODELS, start=1):
+            sys.stderr.write(f"[{number}/{len(models.MODELS)}] {model.label}\n")
+            result = worker.call(models.measure, model, device, args.repeats, args.tiny, limit_s=args.limit_s)
+            rows.append((model, result))
+            _save(args, models.as_json(facts, rows), models.markdown(facts, rows))
+    finally:
+        worker.stop()
+    print(models.markdown(facts, rows))
+    failed = [f"{model.label}: {result['failed']}" for model, result in rows if "failed" in result]
     if failed:
         raise RuntimeError("; ".join(failed))
     return 0
@@ -75,7 +101,7 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("op", choices=["kernels", *OPS], help="one hot spot, or all of them")
+    parser.add_argument("op", choices=["kernels", *OPS, "models"], help="one hot spot, all of them, or the networks")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", help="types of the inputs (default: those of each op)")
     parser.add_argument(
@@ -130,11 +156,11 @@ def _sizes(op: Op, args: argparse.Namespace, device: str) -> list[Size]:
     return [{**own[-1], **dict(given)} for given in args.size] if args.size else own
 
 
-def _write(args: argparse.Namespace, facts: dict, rates: dict[str, float], rows: report.Rows) -> None:
+def _save(args: argparse.Namespace, figures: dict[str, Any], tables: str) -> None:
     if args.json:
-        write_text(args.json, json.dumps(report.as_json(facts, rates, rows), indent=1) + "\n")
+        write_text(args.json, json.dumps(figures, indent=1) + "\n")
     if args.markdown:
-        write_text(args.markdown, report.markdown(facts, rates, rows))
+        write_text(args.markdown, tables)
 
 
 if __name__ == "__main__":

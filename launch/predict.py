@@ -4,6 +4,9 @@
 
 For each video: painted/NAME/masks/0001.png ... (one a second, 0 or 255, at the size of the video), overlay.mp4 (the
 video with the masks and its own sound) and summary.json. Long videos go through in windows, in constant memory.
+
+A system that samples latent codes paints a mask for each of --samples draws and gives their mean. How much they differ
+is in painted/NAME/uncertainty/0001.png ...: grey, the standard deviation of the probability, 0 (black) to 0.5 (white).
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--device", type=str, default="auto", help='"auto" (a GPU if there is one), "cpu", "cuda:1" ...'
     )
+    parser.add_argument(
+        "--samples", type=int | None, default=None, help="draws that a mask averages (default: model.latent.samples)"
+    )
     return parser
 
 
@@ -38,10 +44,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from avs_dist.checkpoint import image_size, load_system
     from avs_dist.predict import predict_video
+    from avs_dist.uncertainty import set_num_samples
 
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if args.device == "auto" else args.device)
     system, _ = load_system(args.checkpoint, device)
+    if args.samples is not None:
+        set_num_samples(system, args.samples)
     size = image_size(args.checkpoint)
     for video in args.videos:
         done = predict_video(system, video, args.out, image_size=size, window_s=args.window, device=device)
@@ -51,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
             f"sound {done['sound']}, track {done['audio_track']}; {done['overlay']}",
             flush=True,
         )
+        if "uncertainty" in done:
+            spread = sum(second["mean_std"] for second in done["seconds"]) / len(done["seconds"])
+            print(f"{video}: standard deviation {spread:.4f} on average; {done['uncertainty']}", flush=True)
     return 0
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from avs_dist import checkpoint
-from avs_dist.config import Config
+from avs_dist.config import Config, NeckConfig
 from avs_dist.launch.train import parse_config
 from avs_dist.trainer import train
 
@@ -48,6 +48,23 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(config: Config, tm
         assert torch.equal(tensor, again[name]), name
     steps = [json.loads(line)["step"] for line in (tmp_path / "halves/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2, 3, 4, 4]
+
+
+def test_weights_of_another_run_start_a_new_one(config: Config, tmp_path: Path) -> None:
+    first = train(_with_train(config, max_steps=2))
+    fresh = _with_train(config, max_steps=1, out_dir=str(tmp_path / "fresh"), init_from=str(tmp_path / "run"))
+    frozen = dataclasses.replace(fresh, optim=dataclasses.replace(fresh.optim, lr=0.0, weight_decay=0.0))
+    started = load_file(train(frozen) / "model.safetensors")
+    for name, tensor in load_file(first / "model.safetensors").items():
+        assert torch.equal(tensor, started[name]) or "running" in name or "num_batches" in name, name
+    other = dataclasses.replace(
+        _with_train(fresh, out_dir=str(tmp_path / "other")),
+        model=dataclasses.replace(config.model, neck=NeckConfig("one_layer", 16)),
+    )
+    with pytest.raises(ValueError, match=r"train\.init_from.*another model.*size mismatch"):
+        train(other)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        train(_with_train(other, init_from=str(tmp_path / "nowhere")))
 
 
 def test_a_used_folder_is_refused_without_resume(config: Config) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10
+ECMVAE = "configs/demo_ecmvae.yaml"
 
 
 def _free_port() -> int:
@@ -21,9 +22,12 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _train(launcher: list[str], shards: Path, out_dir: Path, *overrides: str) -> tuple[str, list[float]]:
+def _train(
+    launcher: list[str], shards: Path, out_dir: Path, *overrides: str, config: str = "configs/demo.yaml"
+) -> tuple[str, list[float]]:
+    """What the run printed, and its losses: the sums, and all their terms in the order of the steps."""
     command = [
-        *launcher, "launch/train.py", "--config", "configs/demo.yaml", "--data.shards", str(shards),
+        *launcher, "launch/train.py", "--config", "configs/demo.yaml", "--config", config, "--data.shards", str(shards),
         "--data.workers", "0", "--train.max_steps", str(STEPS), "--train.log_every", "1", "--train.eval_every", "0",
         "--train.out_dir", str(out_dir), *overrides,
     ]  # fmt: skip
@@ -31,15 +35,20 @@ def _train(launcher: list[str], shards: Path, out_dir: Path, *overrides: str) ->
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    other = ("lr", "seconds_per_step")
+    return done.stdout, [v for r in _records(out_dir, "train") for k, v in r.items() if k not in other]
+
+
+def _records(out_dir: Path, phase: str) -> list[dict[str, float]]:
     records = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return done.stdout, [r["loss"] for r in records if r["phase"] == "train"]
+    return [{k: v for k, v in r.items() if k not in ("phase", "step")} for r in records if r["phase"] == phase]
 
 
 @pytest.fixture(scope="module")
 def one_process(ms3_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     stdout, losses = _train([sys.executable], ms3_shards, tmp_path_factory.mktemp("run") / "one")
     assert "engine=DeepSpeedEngine zero_stage=1 world_size=1 device=cpu precision=fp32 kernels=rank_t" in stdout
-    assert len(losses) == STEPS
+    assert len(losses) == 2 * STEPS  # the sum and its only term
     return losses
 
 
@@ -59,3 +68,19 @@ def test_torchrun_with_accumulation_trains_as_one_process_with_accumulation(ms3_
     _, two = _train([*torchrun, str(_free_port())], ms3_shards, tmp_path / "two", *overrides)
     _, one = _train([sys.executable], ms3_shards, tmp_path / "one", *overrides)
     assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ecmvae_trains_on_two_ranks_as_on_one(ms3_shards: Path, tmp_path: Path) -> None:
+    """All draws (codes, noise, mirrored clips) and all batch statistics are those of the global batch."""
+    overrides = ("--engine.zero_stage", "2", "--data.mirror", "0.5", "--loss.avm", "ms3_kl", "--train.eval_every", "5")
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(_free_port())]
+    stdout, two = _train(launcher, ms3_shards, tmp_path / "two", *overrides, config=ECMVAE)
+    assert "zero_stage=2 world_size=2" in stdout
+    _, one = _train([sys.executable], ms3_shards, tmp_path / "one", *overrides, config=ECMVAE)
+    assert len(one) == 8 * STEPS
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    codes = [_records(tmp_path / run, "codes") for run in ("one", "two")]
+    assert len(codes[0]) == 2
+    for of_one, of_two in zip(*codes, strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-3)

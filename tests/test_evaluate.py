@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sklearn.metrics import roc_auc_score
 
 from avs_dist.clip import Clip, collate
 from avs_dist.evaluate import evaluate, results_table
@@ -23,6 +24,7 @@ from avs_dist.shards.schema import Sample
 from avs_dist.systems.base import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
+SPREAD = ["std", "std_right", "std_wrong", "error_auroc"]
 
 
 def make_samples(num_clips: int = 11) -> list[Sample]:
@@ -52,6 +54,11 @@ def predict(clip: Clip) -> Prediction:
     return Prediction(clip.frames_BTCHW[:, :, 0] * 2)
 
 
+def predict_several(clip: Clip) -> Prediction:
+    """The same mask with a variance, 0 to 0.25: brightness of the green channel."""
+    return replace(predict(clip), variance_BTHW=clip.frames_BTCHW[:, :, 1].sigmoid() / 4)
+
+
 def batches_of(
     samples: list[Sample], batch_size: int, rank: int = 0, size: int = 1
 ) -> Iterator[tuple[Clip, list[int]]]:
@@ -78,19 +85,40 @@ def test_counts_labelled_existing_frames_once():
     assert results["batch_size"] == 4
 
 
+def test_spread_of_the_same_pixels():
+    std, wrong = [], []
+    samples = make_samples()
+    for sample in samples:
+        clip = collate([sample])
+        with torch.no_grad():
+            prediction = predict_several(clip)
+        std.append(prediction.variance_BTHW[0][sample.labelled_T].double().sqrt().flatten())
+        wrong.append(((prediction.logits_BTHW[0] > 0) != (clip.masks_BTHW[0] > 0))[sample.labelled_T].flatten())
+    std_P, wrong_P = torch.cat(std).numpy(), torch.cat(wrong).numpy()
+    results = evaluate(predict_several, batches_of(samples, 4))
+    assert results["std"] == pytest.approx(std_P.mean(), rel=1e-6)
+    assert results["std_right"] == pytest.approx(std_P[~wrong_P].mean(), rel=1e-6)
+    assert results["std_wrong"] == pytest.approx(std_P[wrong_P].mean(), rel=1e-6)
+    assert results["error_auroc"] == pytest.approx(roc_auc_score(wrong_P, std_P), abs=1e-3)
+    # nothing new, and nothing else, for a system that gives one mask
+    one_mask = evaluate(predict, batches_of(samples, 4))
+    assert one_mask == {key: value for key, value in results.items() if key not in SPREAD}
+
+
 def test_frames_that_do_not_exist_never_count():
     samples = make_samples()
     plain = list(batches_of(samples, 4))
     # a wrong label on the padding of a short clip
     marked = [(replace(clip, labelled_BT=clip.labelled_BT | ~clip.valid_BT), positions) for clip, positions in plain]
     assert not all(bool(clip.valid_BT.all()) for clip, _ in plain)
-    assert evaluate(predict, marked) == evaluate(predict, plain)
+    assert evaluate(predict_several, marked) == evaluate(predict_several, plain)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 11, 20])
 def test_batch_size_does_not_change_a_bit(batch_size):
     samples = make_samples()
-    assert evaluate(predict, batches_of(samples, batch_size)) == evaluate(predict, batches_of(samples, 4))
+    expected = evaluate(predict_several, batches_of(samples, 4))
+    assert evaluate(predict_several, batches_of(samples, batch_size)) == expected
 
 
 def test_published_batch_size_is_a_choice_of_the_metric():
@@ -103,14 +131,14 @@ def test_published_batch_size_is_a_choice_of_the_metric():
 
 def _rank_main(rank: int, size: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    results = evaluate(predict, batches_of(make_samples(), 2, rank, size))
+    results = evaluate(predict_several, batches_of(make_samples(), 2, rank, size))
     torch.save(results, f"{out}.{rank}")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_world_size_does_not_change_a_bit(size, tmp_path: Path):
-    expected = evaluate(predict, batches_of(make_samples(), 4))
+    expected = evaluate(predict_several, batches_of(make_samples(), 4))
     mp.spawn(_rank_main, (size, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=size)
     for rank in range(size):
         assert torch.load(tmp_path / f"out.{rank}", weights_only=True) == expected
@@ -135,6 +163,16 @@ def test_table_names_each_number():
     assert text.endswith("(batches of 4)")
     no_silence = {k: v for k, v in row.items() if k != "miou_silent"}
     assert "silent" not in results_table({"real": no_silence}).splitlines()[0]
+    assert "std" not in text
+
+
+def test_table_shows_a_spread_where_there_is_one():
+    row = evaluate(predict_several, batches_of(make_samples(), 4))
+    lines = results_table({"real": row}).splitlines()
+    assert lines[0].split()[-6:] == ["std", "std", "right", "std", "wrong", "AUROC"]
+    assert lines[1].split()[-4:] == [f"{row[name]:.4f}" for name in SPREAD]
+    assert lines[-1].startswith("AUROC")
+    assert lines[-5].endswith("(batches of 4)")
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +205,7 @@ def test_command_measures_each_kind_of_sound(trained, tmp_path, capsys):
     assert f"{real['miou']:.4f}" in printed
     assert "real - swapped" in printed
     assert "miou" in written["definitions"]
+    assert "std" not in written["definitions"]
 
     assert run("evaluate", evaluate_command(trained, out, "--audio", "swapped", "--batch", "7")) == 0
     again = json.loads(out.read_text())["results"]

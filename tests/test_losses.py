@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avs_dist.losses import alignment
-from avs_dist.losses.segmentation import binary_cross_entropy
+from avs_dist.losses.segmentation import SEGMENTATION, binary_cross_entropy, structure_loss
 
 B, T, C, H, W = 2, 3, 4, 2, 3  # feature maps are H x W, logits twice as large
 
@@ -47,7 +47,12 @@ def soft_mean(logits: Tensor, features: Tensor) -> list[float]:
     return weighted(features, {(y, x): sigmoid(pooled(logits, y, x)) for y in range(H) for x in range(W)}, H * W)
 
 
-def frame_loss(variant: str, logits: Tensor, features: Tensor, audio: list[float]) -> float:
+def unit(values: list[float]) -> list[float]:
+    return [v / math.hypot(*values) for v in values]
+
+
+def frame_loss(variant: str, logits: Tensor, features: Tensor, audio: list[float], normalise: bool = False) -> float:
+    prepare = unit if normalise else list
     cells = [(y, x) for y in range(H) for x in range(W)]
     if variant == "s4_cosine":
         probability = torch.sigmoid(logits)
@@ -58,23 +63,25 @@ def frame_loss(variant: str, logits: Tensor, features: Tensor, audio: list[float
         return -math.log(max(cosine, 0.0) + 1e-6)
     if variant == "avss_kl":
         hard = (logits > 0).double()
-        return kl(audio, weighted(features, {cell: pooled(hard, *cell) for cell in cells}, H * W))
-    visual = soft_mean(logits, features)
+        visual = weighted(features, {cell: pooled(hard, *cell) for cell in cells}, H * W)
+        return kl(prepare(audio), prepare(visual) if any(visual) else visual)
+    audio, visual = prepare(audio), prepare(soft_mean(logits, features))
     if variant == "ms3_kl":
         return kl(audio, visual)
     return math.sqrt(sum((a - v + 1e-6) ** 2 for a, v in zip(audio, visual, strict=True)))
 
 
+@pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("variant", alignment.AUDIO_VISUAL)
-def test_audio_visual_losses_equal_literal_loops(variant):
+def test_audio_visual_losses_equal_literal_loops(variant, normalise):
     logits, features, audio = make_inputs()
     logits[1, 1] = -5.0  # an empty mask
-    got = alignment.AUDIO_VISUAL[variant](logits, features, audio)
+    got = alignment.AUDIO_VISUAL[variant](logits, features, audio, normalise=normalise)
     assert got.shape == (B, T)
     assert got.dtype == torch.float32
     for b in range(B):
         for t in range(T):
-            want = frame_loss(variant, logits[b, t], features[b, t], audio[b, t].tolist())
+            want = frame_loss(variant, logits[b, t], features[b, t], audio[b, t].tolist(), normalise)
             assert got[b, t].item() == pytest.approx(want, rel=2e-4, abs=1e-5), (b, t)
 
 
@@ -89,10 +96,22 @@ def test_only_soft_masks_pass_a_gradient_to_the_logits(variant):
 
 
 @pytest.mark.parametrize("variant", alignment.AUDIO_VISUAL)
-def test_an_empty_mask_gives_finite_gradients(variant):
+def test_audio_visual_losses_are_not_normalised_unless_asked(variant):
+    logits, features, audio = make_inputs()
+    loss = alignment.AUDIO_VISUAL[variant]
+    plain, louder = loss(logits, features, audio), loss(logits, features, 3 * audio)
+    # the cosine has no other form
+    assert torch.allclose(plain, louder, atol=1e-5) == (variant == "s4_cosine")
+    torch.testing.assert_close(loss(logits, 5 * features, 3 * audio, True), loss(logits, features, audio, True))
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("variant", alignment.AUDIO_VISUAL)
+def test_an_empty_mask_gives_finite_gradients(variant, normalise):
     logits, features, audio = (value.requires_grad_() for value in make_inputs())
-    alignment.AUDIO_VISUAL[variant](logits - 100.0, features, audio).sum().backward()
+    alignment.AUDIO_VISUAL[variant](logits - 100.0, features, audio, normalise=normalise).sum().backward()
     assert torch.isfinite(features.grad).all()
+    assert features.grad.abs().max() < 100
     assert torch.isfinite(audio.grad).all()
 
 
@@ -109,6 +128,21 @@ def test_visual_visual_pulls_frames_of_similar_sound_together():
     half = alignment.visual_visual(visual[3:], flat_audio[3:], 3, visual, flat_audio)
     torch.testing.assert_close(half, got[3:])
     assert alignment.visual_visual(visual[:1], flat_audio[:1], 0, visual[:1], flat_audio[:1]).item() == 0
+
+
+def test_visual_visual_normalised_compares_directions():
+    logits, features, audio = make_inputs()
+    visual, flat_audio = alignment.soft_masked_mean(logits, features).flatten(0, 1), audio.flatten(0, 1)
+    got = alignment.visual_visual(visual, flat_audio, 0, visual, flat_audio, normalise=True)
+    units = [torch.tensor(unit(row.tolist())) for row in flat_audio]
+    nearest = []
+    for i in range(B * T):
+        distance = [(units[i] - units[j]).norm().item() if j != i else math.inf for j in range(B * T)]
+        nearest.append(distance.index(min(distance)))
+        want = kl(unit(visual[nearest[i]].tolist()), unit(visual[i].tolist()))
+        assert got[i].item() == pytest.approx(want, rel=1e-4, abs=1e-6)
+    plain = torch.cdist(flat_audio, flat_audio) + 100 * torch.eye(B * T)
+    assert plain.argmin(1).tolist() != nearest  # these sounds tell the two apart
 
 
 def test_binary_cross_entropy_is_the_mean_over_counted_frames():
@@ -132,3 +166,70 @@ def test_binary_cross_entropy_is_computed_in_float32_and_does_not_overflow():
     assert total.item() == pytest.approx(1e4, rel=0.01)
     total.backward()
     torch.testing.assert_close(logits.grad.float(), torch.tensor([[[[0.5, -0.5]]]]))
+
+
+def literal_structure(logits: Tensor, mask: Tensor) -> float:
+    """The structure loss of one frame [H,W], pixel by pixel."""
+    height, width = mask.shape
+    on = (mask > 0).double()
+    weight_sum = bce = inter = both = 0.0
+    for y in range(height):
+        for x in range(width):
+            window = on[max(0, y - 15) : y + 16, max(0, x - 15) : x + 16]
+            m, z = on[y, x].item(), logits[y, x].item()
+            w = 1 + 5 * abs(window.sum().item() / 31**2 - m)
+            p = sigmoid(z)
+            weight_sum += w
+            bce -= w * (math.log(p) if m else math.log(1 - p))
+            inter += w * p * m
+            both += w * (p + m)
+    return bce / weight_sum + 1 - (inter + 1) / (both - inter + 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 37), (7, 50), (1, 1)])
+def test_structure_loss_equals_a_literal_loop_also_on_frames_smaller_than_its_window(height, width):
+    logits = torch.randn(2, 2, height, width, dtype=torch.float64) * 3
+    masks = torch.zeros(2, 2, height, width, dtype=torch.int64)
+    masks[..., height // 3 :, width // 4 : width // 2 + 1] = 2  # class indices count as sounding
+    masks[1, 1] = 0  # silence
+    counted = torch.tensor([[True, False], [True, True]])
+    total, count = structure_loss(logits, masks, counted)
+    want = [literal_structure(logits[b, t], masks[b, t]) for b, t in counted.nonzero().tolist()]
+    assert count.item() == 3
+    assert total.item() == pytest.approx(sum(want), rel=1e-10)
+    single, _ = structure_loss(logits.float(), masks, counted)
+    assert single.dtype == torch.float32
+    assert single.item() == pytest.approx(sum(want), rel=1e-5)
+
+
+def test_structure_loss_cares_most_for_pixels_near_edges():
+    masks = torch.zeros(1, 1, 64, 64)
+    masks[..., 20:44, 20:44] = 1
+    logits = (40.0 * masks - 20.0).double().requires_grad_()
+    wrong = logits.detach().clone()
+    wrong[..., 32, 21], wrong[..., 2, 2] = 0.0, 0.0  # at the edge of the object, and far from it
+    wrong.requires_grad_()
+    total, _ = structure_loss(wrong, masks, torch.ones(1, 1, dtype=torch.bool))
+    total.backward()
+    assert wrong.grad[0, 0, 32, 21].abs() > 2.5 * wrong.grad[0, 0, 2, 2].abs()
+    perfect, _ = structure_loss(logits, masks, torch.ones(1, 1, dtype=torch.bool))
+    assert 0 <= perfect.item() < 1e-6
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_losses_do_not_overflow_and_allow_no_counted_frame(name):
+    logits = torch.tensor([[[[1e4, -1e4]]]], dtype=torch.bfloat16, requires_grad=True)
+    total, count = SEGMENTATION[name](logits, torch.tensor([[[[0, 1]]]]), torch.ones(1, 1, dtype=torch.bool))
+    assert (total.dtype, count.dtype) == (torch.float32, torch.float32)
+    total.backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0, 0, 0, 0] > 0.1
+    none, count = SEGMENTATION[name](logits, torch.tensor([[[[0, 1]]]]), torch.zeros(1, 1, dtype=torch.bool))
+    assert (none.item(), count.item()) == (0, 0)
+    none.backward()
+
+
+def test_structure_loss_has_the_right_gradient():
+    logits = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    masks = torch.randint(0, 2, (1, 2, 3, 4))
+    assert torch.autograd.gradcheck(lambda z: structure_loss(z, masks, torch.tensor([[True, False]]))[0], [logits])

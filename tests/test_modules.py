@@ -1,4 +1,4 @@
-"""Backbone, audio encoders, neck, decoder and the normalisation over ranks."""
+"""Backbone, audio encoders and the normalisation over ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from avs_dist.modules.audio import LogMelCNN, VGGish, build_audio_encoder
 from avs_dist.modules.backbone import Backbone
-from avs_dist.modules.decoder import Decoder, ResidualConvUnit
-from avs_dist.modules.neck import build_neck
 from avs_dist.modules.norm import WorldBatchNorm2d, synchronise_batchnorm
 from avs_dist.modules.tpavi import TPAVI
 from avs_dist.world import gather_rows
@@ -288,62 +285,6 @@ def test_log_mel_cnn_is_small_and_hears_the_difference_of_two_pitches():
     low, high = encoder(mel)
     assert low.shape == (128,)
     assert (low - high).abs().max() > 1e-2
-
-
-def test_dilated_neck_is_the_sum_of_four_convolutions():
-    neck = build_neck("dilated", 3, 5)
-    x = torch.randn(2, 3, 20, 24)
-    want = sum(
-        F.conv2d(x, b.weight, b.bias, padding=d, dilation=d) for b, d in zip(neck.branches, (3, 6, 12, 18), strict=True)
-    )
-    torch.testing.assert_close(neck(x), want, atol=1e-5, rtol=1e-4)
-    weights = torch.cat([b.weight.flatten() for b in build_neck("dilated", 64, 64).branches])
-    assert weights.std().item() == pytest.approx(0.01, rel=0.02)
-    assert build_neck("one_layer", 3, 5)(x).shape == (2, 5, 20, 24)
-
-
-def test_residual_unit_with_and_without_the_in_place_relu():
-    torch.manual_seed(0)
-    x = torch.randn(1, 4, 5, 5)
-    paper = ResidualConvUnit(4, rectified_skip=False)
-    code = ResidualConvUnit(4, rectified_skip=True)
-    code.load_state_dict(paper.state_dict())
-    in_place = x.clone()  # what the public code does
-    branch = nn.ReLU(inplace=True)(in_place)
-    branch = paper.conv2(F.relu(paper.conv1(branch)))
-    torch.testing.assert_close(code(x), branch + in_place)
-    torch.testing.assert_close(paper(x), branch + x)
-    kept = x.clone()
-    code(x)
-    assert torch.equal(x, kept), "the caller's tensor must not change"
-
-
-@pytest.mark.parametrize("size", [(64, 64), (90, 77), (33, 130)])
-@pytest.mark.parametrize("classes", [1, 71])
-def test_decoder_takes_any_size(size, classes):
-    decoder = Decoder(16, classes)
-    sizes = [tuple(-(-edge // stride) for edge in size) for stride in (4, 8, 16, 32)]
-    features = [torch.randn(2, 16, *s).to(memory_format=torch.channels_last) for s in sizes]
-    logits = decoder(features, size)
-    assert logits.shape == (2, classes, *size)
-    logits.sum().backward()
-    assert all(p.grad is not None for p in decoder.parameters())
-
-
-def test_decoder_equals_the_published_order_of_operations():
-    torch.manual_seed(0)
-    decoder = Decoder(16)
-    features = [torch.randn(1, 16, s, s) for s in (16, 8, 4, 2)]
-
-    def double(x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-
-    path = double(decoder.stages[0].unit(features[3]))
-    for stage, skip in zip(decoder.stages[1:], features[2::-1], strict=True):
-        path = double(stage.unit(path + stage.skip_unit(skip)))
-    path = F.interpolate(decoder.head_in(path), scale_factor=2, mode="bilinear", align_corners=False)
-    want = decoder.head_out(F.relu(decoder.head_mid(path)))
-    torch.testing.assert_close(decoder(features, (64, 64)), want, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_backbone_imports_timm():

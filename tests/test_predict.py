@@ -11,19 +11,16 @@ import av
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
+from untrained import small_model, write_checkpoint
 
-from avs_dist.checkpoint import seal
 from avs_dist.clip import Clip
-from avs_dist.config import AudioConfig, BackboneConfig, Config, ModelConfig, NeckConfig, TPAVIConfig, to_dict
+from avs_dist.config import TPAVIConfig
 from avs_dist.launch.cli import run
 from avs_dist.overlay import CONTOUR_RGB
 from avs_dist.predict import predict_video
 from avs_dist.shards.synthetic import write_benchmark
-from avs_dist.systems import build_system
 from avs_dist.systems.base import Prediction, System
 
 VIDEOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "video"
@@ -244,20 +241,7 @@ def test_summary_file_and_second_run(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small untrained TPAVI in the layout of a checkpoint."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model = ModelConfig(
-        backbone=BackboneConfig(name="resnet10t"),
-        neck=NeckConfig(kind="one_layer", channels=32),
-        audio=AudioConfig(kind="logmel_cnn"),
-        tpavi=TPAVIConfig(time_aligned=True),
-    )
-    config = Config(model=model)
-    weights = build_system(config, load_pretrained=False).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    seal(folder, config, step=0, image_size=64, metrics={})
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint"), small_model(tpavi=TPAVIConfig(time_aligned=True)))
 
 
 def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

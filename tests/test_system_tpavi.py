@@ -74,7 +74,7 @@ def system() -> TPAVISystem:
     torch.manual_seed(0)
     built = build_system(make_config())
     assert isinstance(built, TPAVISystem)
-    for block in built.blocks.values():
+    for block in built.trunk.blocks.values():
         torch.nn.init.normal_(block.bn_weight)  # zero at initialisation: the sound would have no influence yet
     return built
 
@@ -135,7 +135,7 @@ def test_predict_is_deterministic_without_gradient_and_leaves_the_mode(system):
     assert first.dtype == torch.float32
     assert first.shape == (BATCH, FRAMES, 72, 72)
     assert system.training
-    assert system.blocks["0"].training
+    assert system.trunk.blocks["0"].training
 
 
 @pytest.mark.parametrize("time_aligned", [True, False])
@@ -143,7 +143,7 @@ def test_only_the_time_aligned_block_tells_seconds_of_equal_frames_apart(time_al
     """A still picture whose sound changes each second: the published block cannot follow (sound interruption)."""
     torch.manual_seed(0)
     system = build_system(make_config(tpavi=TPAVIConfig(time_aligned=time_aligned))).double()
-    for block in system.blocks.values():
+    for block in system.trunk.blocks.values():
         torch.nn.init.normal_(block.bn_weight)
     clip = make_clip().to("cpu", torch.float64)
     still = replace(clip, frames_BTCHW=clip.frames_BTCHW[:, :1].expand_as(clip.frames_BTCHW))
@@ -177,7 +177,7 @@ def test_published_code_sums_the_kl_over_frames_and_rectifies_the_features():
     out = code._forward(clip)
     want = 0.0
     for stage in range(4):
-        audio = code.blocks[str(stage)].project_audio(out.audio_BTD)
+        audio = code.trunk.project_audio(out.audio_BTD, stage)
         want += ms3_kl(out.logits_BTHW, out.features[stage].relu(), audio).sum().item() / 4
     assert code.loss_terms(clip, 0)["avm"].item() == pytest.approx(want, rel=1e-5)
     assert code.loss_terms(doubled(clip), 0)["avm"].item() == pytest.approx(2 * want, rel=1e-5)
@@ -190,10 +190,10 @@ def test_vggish_is_frozen_and_not_optimised(tmp_path):
     audio = AudioConfig("vggish", str(tmp_path / "vggish.pth"))
     system = build_system(make_config(audio=audio, tpavi=TPAVIConfig(stages=(3,))))
     optimised = {id(p) for group in system.parameter_groups() for p in group["params"]}
-    assert not optimised & {id(p) for p in system.audio_encoder.parameters()}
+    assert not optimised & {id(p) for p in system.trunk.audio_encoder.parameters()}
     assert optimised == {id(p) for p in system.parameters() if p.requires_grad}
     system.train()
-    assert not system.audio_encoder.training
+    assert not system.trunk.audio_encoder.training
     sum(system.loss_terms(make_clip(), 0).values()).backward()
     assert all(p.grad is not None for p in system.parameters() if p.requires_grad)
     # a checkpoint is enough to predict: the weights file is not asked for
@@ -204,7 +204,7 @@ def test_vggish_is_frozen_and_not_optimised(tmp_path):
 @pytest.mark.parametrize("key", ["audio", "visual", "both"])
 def test_stages_and_keys(stages, key):
     system = build_system(make_config(tpavi=TPAVIConfig(stages=stages, key=key)))
-    assert (system.audio_encoder is not None) == (bool(stages) and key != "visual")
+    assert (system.trunk.audio_encoder is not None) == (bool(stages) and key != "visual")
     system.loss_terms(make_clip(), 0)["bce"].backward()
     assert all(p.grad is not None for p in system.parameters())
 
@@ -232,7 +232,8 @@ def test_bfloat16_parameters_give_float32_losses_and_logits(system):
 def test_wrong_stages_are_named():
     with pytest.raises(ValueError, match=r"model\.tpavi\.stages.*\[4\]"):
         build_system(make_config(tpavi=TPAVIConfig(stages=(4,))))
+    loss = LossConfig(avm="ms3_kl", avm_stages=(0, 1))
     with pytest.raises(ValueError, match=r"loss\.avm_stages.*\[0, 1\].*\[1\]"):
-        build_system(replace(make_config(tpavi=TPAVIConfig(stages=(1,))), loss=LossConfig("ms3_kl", 0.5, (0, 1))))
+        build_system(replace(make_config(tpavi=TPAVIConfig(stages=(1,))), loss=loss))
     with pytest.raises(ValueError, match=r"loss\.avm_stages.*at least one"):
-        build_system(replace(make_config(), loss=LossConfig("ms3_kl", 0.5, ())))
+        build_system(replace(make_config(), loss=LossConfig(avm="ms3_kl", avm_stages=())))

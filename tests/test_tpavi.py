@@ -156,6 +156,30 @@ def test_alignment_uses_the_distance_of_query_and_key_seconds():
         assert changed[:3].max() == 0
 
 
+@pytest.mark.parametrize("key", ["audio", "both"])
+@pytest.mark.parametrize("implementation", ["literal", "rank_t"])
+def test_without_projection_the_audio_is_taken_as_it_is(key, implementation):
+    """As with a projection that is the identity; also from a published state, which has none (ECMVAE)."""
+    torch.manual_seed(0)
+    published = PublishedBlock(CHANNELS, CHANNELS).double()
+    for parameter in published.parameters():
+        nn.init.normal_(parameter)
+    published.align_channel.load_state_dict({"weight": torch.eye(CHANNELS), "bias": torch.zeros(CHANNELS)})
+    options = {"key": key, "implementation": implementation}
+    projected = TPAVI(CHANNELS, CHANNELS, **options).double()
+    projected.load_state_dict(from_published(published.state_dict()))
+    bare = TPAVI(CHANNELS, CHANNELS, align_audio=False, **options).double()
+    state = {k: v for k, v in published.state_dict().items() if not k.startswith("align_channel.")}
+    bare.load_state_dict(from_published(state))
+    x, _ = make_input(2, 5, 3, 4)
+    audio = torch.randn(2, 5, CHANNELS, dtype=torch.float64, requires_grad=True)
+    got, want = run(bare, x, audio), run(projected, x, audio)
+    assert_equal(got, {name: value for name, value in want.items() if not name.startswith("grad align.")})
+    assert bare.project_audio(audio) is audio
+    with pytest.raises(RuntimeError, match=r"Missing.*align\.weight"):
+        projected.load_state_dict(from_published(state))
+
+
 def test_padded_frames_change_nothing():
     """A clip of 3 seconds padded to 5 gives what it gives alone, in moments, outputs and gradients."""
     x, audio = make_input(2, 5, 2, 3)
@@ -220,12 +244,18 @@ def test_bfloat16_is_computed_in_float32_and_keeps_its_running_statistics():
 def test_errors_name_the_setting():
     with pytest.raises(ValueError, match="even"):
         TPAVI(7, 6)
+    with pytest.raises(ValueError, match=r"align_audio=false.*6 channels.*8; .*model\.neck\.channels=6"):
+        TPAVI(8, 6, align_audio=False)
+    with pytest.raises(ValueError, match="has no audio"):
+        TPAVI(8, 6, align_audio=False, key="visual").project_audio(torch.zeros(1, 1, 6))
     with pytest.raises(ValueError, match="32 frames, got 33"):
         make_block(time_aligned=True)(*make_input(1, 33, 1, 1))
     with pytest.raises(ValueError, match="audio_BTD"):
         make_block()(make_input(1, 2, 1, 1)[0])
     with pytest.raises(ValueError, match=r"W_z\.0\.weight"):
         from_published({k: v for k, v in PublishedBlock(8, 6).state_dict().items() if k != "W_z.0.weight"})
+    with pytest.raises(ValueError, match=r"align_channel\.weight"):
+        from_published({k: v for k, v in PublishedBlock(8, 6).state_dict().items() if k != "align_channel.weight"})
 
 
 def test_linear_attention_equals_its_quadratic_form():

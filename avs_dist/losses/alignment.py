@@ -5,12 +5,13 @@ ranks, so that the value does not depend on the batch. The public code of ms3_kl
 instead (reduction "sum"), which makes the weight of the loss grow with the batch: see SUMMED_IN_PUBLISHED_CODE.
 
 Arguments of all: logits_BTHW, the predicted mask logits; features_BTCHW, the output of TPAVI at one stage;
-audio_BTC, the audio in the same channels (`TPAVI.project_audio`). All are computed in float32.
+audio_BTC, the audio in the same channels (`TPAVI.project_audio`); normalise, to divide the visual and the audio vector
+by their length before they are compared (flag norm_fea of the public codes). All are computed in float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,11 @@ from torch import Tensor
 SUMMED_IN_PUBLISHED_CODE = frozenset({"ms3_kl", "visual_visual"})
 
 
-def s4_cosine(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor) -> Tensor:
+def s4_cosine(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor, normalise: bool = False) -> Tensor:
     """-log(relu(cos(v, a)) + 1e-6), v the mean feature where the pooled probability exceeds 0.5 (public S4 code).
 
-    The threshold passes no gradient to the mask. A frame with an empty mask costs the constant -log(1e-6).
+    The threshold passes no gradient to the mask. A frame with an empty mask costs the constant -log(1e-6). `normalise`
+    changes nothing, as the cosine is that of unit vectors in any case.
     """
     mask_BTHW = (_pool(logits_BTHW.float().sigmoid(), features_BTCHW) > 0.5).float()
     pixels_BT1 = mask_BTHW.flatten(2).sum(2, keepdim=True)
@@ -31,23 +33,32 @@ def s4_cosine(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor) ->
     return -(F.relu(cosine_BT) + 1e-6).log()
 
 
-def ms3_kl(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor) -> Tensor:
+def ms3_kl(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor, normalise: bool = False) -> Tensor:
     """KL(softmax(a) || softmax(v)) over channels (TPAVI paper eq. 6), v = mean over all positions of mask * feature."""
-    return _kl(audio_BTC.float(), soft_masked_mean(logits_BTHW, features_BTCHW))
+    visual_BTC = soft_masked_mean(logits_BTHW, features_BTCHW)
+    return _kl(_compared(audio_BTC, normalise), _compared(visual_BTC, normalise))
 
 
-def ms3_euclidean(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor) -> Tensor:
+def ms3_euclidean(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor, normalise: bool = False) -> Tensor:
     """||a - v||_2 with v as in `ms3_kl` (public MS3 code, --euclidean_flag)."""
-    return F.pairwise_distance(audio_BTC.float(), soft_masked_mean(logits_BTHW, features_BTCHW))
+    visual_BTC = soft_masked_mean(logits_BTHW, features_BTCHW)
+    return F.pairwise_distance(_compared(audio_BTC, normalise), _compared(visual_BTC, normalise))
 
 
-def avss_kl(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor) -> Tensor:
+def avss_kl(logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor, normalise: bool = False) -> Tensor:
     """`ms3_kl` with the hard mask logit > 0, which passes no gradient (public AVSS code; meant for labelled frames)."""
     mask_BTHW = _pool((logits_BTHW > 0).float(), features_BTCHW)
-    return _kl(audio_BTC.float(), _masked_mean(features_BTCHW, mask_BTHW))
+    visual_BTC = _masked_mean(features_BTCHW, mask_BTHW)
+    return _kl(_compared(audio_BTC, normalise), _compared(visual_BTC, normalise))
 
 
-AUDIO_VISUAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+class AudioVisualLoss(Protocol):
+    def __call__(
+        self, logits_BTHW: Tensor, features_BTCHW: Tensor, audio_BTC: Tensor, normalise: bool = False
+    ) -> Tensor: ...
+
+
+AUDIO_VISUAL: dict[str, AudioVisualLoss] = {
     "s4_cosine": s4_cosine,
     "ms3_kl": ms3_kl,
     "ms3_euclidean": ms3_euclidean,
@@ -56,7 +67,12 @@ AUDIO_VISUAL: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def visual_visual(
-    visual_MC: Tensor, audio_MC: Tensor, first: int, all_visual_NC: Tensor, all_audio_NC: Tensor
+    visual_MC: Tensor,
+    audio_MC: Tensor,
+    first: int,
+    all_visual_NC: Tensor,
+    all_audio_NC: Tensor,
+    normalise: bool = False,
 ) -> Tensor:
     """KL(softmax(v_j) || softmax(v_i)), j the other frame with the nearest sound (TPAVI paper, AVM-VV).
 
@@ -68,16 +84,17 @@ def visual_visual(
         audio_MC: their audio.
         first: index of this rank's first frame among all.
         all_visual_NC, all_audio_NC: those of the N frames of all ranks, with gradient.
+        normalise: the nearest sound is then that of the nearest direction.
 
     Returns:
         Loss of each of the M frames; zero if there is no other frame.
     """
     if len(all_audio_NC) < 2:
         return visual_MC.sum(1) * 0.0
-    distance_MN = torch.cdist(audio_MC.detach().float(), all_audio_NC.detach().float())
+    distance_MN = torch.cdist(_compared(audio_MC.detach(), normalise), _compared(all_audio_NC.detach(), normalise))
     own_M = torch.arange(len(audio_MC), device=audio_MC.device)
     distance_MN[own_M, own_M + first] = torch.inf
-    return _kl(all_visual_NC[distance_MN.argmin(1)], visual_MC)
+    return _kl(_compared(all_visual_NC[distance_MN.argmin(1)], normalise), _compared(visual_MC, normalise))
 
 
 def soft_masked_mean(logits_BTHW: Tensor, features_BTCHW: Tensor) -> Tensor:
@@ -97,6 +114,11 @@ def _masked_sum(features_BTCHW: Tensor, mask_BTHW: Tensor) -> Tensor:
 
 def _masked_mean(features_BTCHW: Tensor, mask_BTHW: Tensor) -> Tensor:
     return _masked_sum(features_BTCHW, mask_BTHW) / mask_BTHW.shape[2:].numel()
+
+
+def _compared(vector: Tensor, normalise: bool) -> Tensor:
+    """float32 [...,C], of unit length if `normalise`."""
+    return F.normalize(vector.float(), dim=-1) if normalise else vector.float()
 
 
 def _kl(target: Tensor, value: Tensor) -> Tensor:

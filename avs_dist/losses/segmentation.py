@@ -1,24 +1,67 @@
-"""Segmentation losses. Each returns a total and a count of frames, so that the mean can be taken over all ranks."""
+"""Segmentation losses. Each returns a total and a count of frames, so that the mean can be taken over all ranks.
+
+Arguments of all: logits_BTHW, the mask logits; masks_BTHW, where 0 = silent and anything else = sounding; counted_BT,
+bool, the frames that carry a mask. S4 training counts the first frame of each clip only, MS3 all frames: that is
+`labelled_BT & valid_BT`. They return the sum over the counted frames, and the number of these.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+EDGE_WINDOW = 31  # pixels
+EDGE_EMPHASIS = 5.0
+
 
 def binary_cross_entropy(logits_BTHW: Tensor, masks_BTHW: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixel-mean binary cross entropy of each counted frame, in float32 (S4 and MS3 loss of the TPAVI paper).
-
-    S4 training counts the first frame of each clip only, MS3 all frames: that is `labelled_BT & valid_BT`.
-
-    Args:
-        logits_BTHW: mask logits.
-        masks_BTHW: 0 = silent, anything else = sounding.
-        counted_BT: bool, frames that carry a mask.
-
-    Returns:
-        Sum over the counted frames, and their number.
-    """
+    """Pixel-mean binary cross entropy of each counted frame, in float32 (S4 and MS3 loss of the TPAVI paper)."""
     loss_BTHW = F.binary_cross_entropy_with_logits(logits_BTHW.float(), (masks_BTHW > 0).float(), reduction="none")
     weight_BT = counted_BT.float()
     return (loss_BTHW.mean((2, 3)) * weight_BT).sum(), weight_BT.sum()
+
+
+def structure_loss(logits_BTHW: Tensor, masks_BTHW: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross entropy plus IoU loss of each counted frame, both weighted near edges (ECMVAE section 3.5; F3Net).
+
+    In float32, or float64 if the logits are. `ecmvae_code.structure_loss` is what the public code computes.
+    """
+    logits_NHW, mask_NHW = counted_frames(logits_BTHW, masks_BTHW, counted_BT)
+    weight_NHW = edge_weight(mask_NHW)
+    bce_NHW = F.binary_cross_entropy_with_logits(logits_NHW, mask_NHW, reduction="none")
+    bce_N = (weight_NHW * bce_NHW).sum((1, 2)) / weight_NHW.sum((1, 2))
+    loss_N = bce_N + weighted_iou_loss(logits_NHW, mask_NHW, weight_NHW)
+    return loss_N.sum(), counted_BT.sum().to(loss_N.dtype)
+
+
+SEGMENTATION: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    "bce": binary_cross_entropy,
+    "structure": structure_loss,
+}
+
+
+def counted_frames(logits_BTHW: Tensor, masks_BTHW: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and binary masks [N,H,W] of the counted frames, both in float32 (float64 if the logits are)."""
+    logits_NHW = logits_BTHW[counted_BT]
+    logits_NHW = logits_NHW.to(torch.promote_types(logits_NHW.dtype, torch.float32))
+    return logits_NHW, (masks_BTHW[counted_BT] > 0).to(logits_NHW.dtype)
+
+
+def edge_weight(mask_NHW: Tensor) -> Tensor:
+    """1 + 5 |mean of the mask over the 31 x 31 pixels around - mask|; what lies outside the frame counts as silent."""
+    half = EDGE_WINDOW // 2
+    # the square window as two lines: the same mean from 62 instead of 961 pixels
+    mean_N1HW = F.avg_pool2d(mask_NHW[:, None], (1, EDGE_WINDOW), stride=1, padding=(0, half))
+    mean_N1HW = F.avg_pool2d(mean_N1HW, (EDGE_WINDOW, 1), stride=1, padding=(half, 0))
+    return 1.0 + EDGE_EMPHASIS * (mean_N1HW[:, 0] - mask_NHW).abs()
+
+
+def weighted_iou_loss(logits_NHW: Tensor, mask_NHW: Tensor, weight_NHW: Tensor) -> Tensor:
+    """1 - (intersection + 1) / (union + 1) of each frame [N], with soft masks and weighted pixels."""
+    probability_NHW = logits_NHW.sigmoid()
+    intersection_N = (weight_NHW * probability_NHW * mask_NHW).sum((1, 2))
+    both_N = (weight_NHW * (probability_NHW + mask_NHW)).sum((1, 2))
+    return 1.0 - (intersection_N + 1.0) / (both_N - intersection_N + 1.0)

@@ -1,13 +1,15 @@
-"""The decoder of the TPAVI paper: a top-down fusion of four stages, and a head at full resolution."""
+"""Decoders: a top-down fusion of four stages, and a head at full resolution."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avs_dist.modules.norm import WorldBatchNorm2d
 from avs_dist.modules.weights import channels_last
 
 
@@ -30,22 +32,94 @@ class ResidualConvUnit(nn.Module):
         return out + (rectified if self.rectified_skip else x_NCHW)
 
 
-class FusionStage(nn.Module):
-    """Add the finer skip to the coarse path, refine, and enlarge to `size`."""
+class NormalisedResidualUnit(nn.Module):
+    """x + relu(bn(conv(relu(bn(conv(x)))))), convolutions without bias (public ECMVAE code)."""
 
-    def __init__(self, channels: int, has_skip: bool, rectified_skip: bool) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.skip_unit = ResidualConvUnit(channels, rectified_skip) if has_skip else None
-        self.unit = ResidualConvUnit(channels, rectified_skip)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = WorldBatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = WorldBatchNorm2d(channels)
 
-    def forward(self, x_NCHW: Tensor, skip_NCHW: Tensor | None, size: tuple[int, int]) -> Tensor:
-        if self.skip_unit is not None:
-            x_NCHW = x_NCHW + self.skip_unit(skip_NCHW)
-        return F.interpolate(self.unit(x_NCHW), size, mode="bilinear", align_corners=True)
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        hidden = F.relu(self.bn1(self.conv1(x_NCHW)))
+        return x_NCHW + F.relu(self.bn2(self.conv2(hidden)))
 
 
-class Decoder(nn.Module):
+class FusionStage(nn.Module):
+    """Residual units of one stage: of its skip, and of the sum of the coarse path and the skip."""
+
+    def __init__(self, unit: Callable[[], nn.Module], has_skip: bool) -> None:
+        super().__init__()
+        self.skip_unit = unit() if has_skip else None
+        self.unit = unit()
+
+    def forward(self, x_NCHW: Tensor, skip_NCHW: Tensor | None) -> Tensor:
+        return self.unit(x_NCHW if skip_NCHW is None else x_NCHW + skip_NCHW)
+
+
+class TopDownDecoder(nn.Module, ABC):
     """Stages at strides 4, 8, 16, 32 -> logits at the size of the frames.
+
+    The published stages have two residual units each; that of the coarsest stage's skip, which has none, is left out.
+
+    Args:
+        unit: makes a residual unit of C channels.
+        widths: C of all stages, and the channels of the two 3x3 convolutions of the head.
+        num_classes: output channels.
+    """
+
+    def __init__(self, unit: Callable[[], nn.Module], widths: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__()
+        # coarsest first
+        self.stages = nn.ModuleList(FusionStage(unit, index > 0) for index in range(4))
+        self.head_in = nn.Conv2d(widths[0], widths[1], 3, padding=1)
+        self.head_mid = nn.Conv2d(widths[1], widths[2], 3, padding=1)
+        self.head_out = nn.Conv2d(widths[2], num_classes, 1)
+        channels_last(self)
+
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """features: four tensors [N,C,h,w], finest first; size: (H, W) of the frames -> logits [N,classes,H,W]."""
+        return self.paint(features[3], self.skips(features), size)
+
+    def skips(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What `paint` needs of the three finer stages [N,C,h,w], finest first; a coarsest one is not looked at."""
+        skips = []
+        for stage, x_NCHW in zip(list(self.stages)[:0:-1], features[:3], strict=True):
+            assert isinstance(stage, FusionStage)
+            assert stage.skip_unit is not None
+            skips.append(stage.skip_unit(x_NCHW))
+        return skips
+
+    def paint(self, coarsest_NCHW: Tensor, skips: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Coarsest stage [N,C,h,w], `skips` of the others, and (H, W) of the frames -> logits [N,classes,H,W].
+
+        Several versions of the coarsest stage, as of several latent codes, can share the skips.
+        """
+        finest = skips[0].shape[-2:]
+        sizes = [(s.shape[-2], s.shape[-1]) for s in skips[::-1]] + [(2 * finest[0], 2 * finest[1])]
+        path = coarsest_NCHW
+        for stage, skip, target in zip(self.stages, [None, *skips[::-1]], sizes, strict=True):
+            path = self.enlarge(stage(path, skip), target)
+        path = self.enlarge_head(self.head_in(path), size)
+        return self.head_out(F.relu(self.head_mid(path)))
+
+    @abstractmethod
+    def enlarge(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        """The path of one stage at the size of the next."""
+
+    @abstractmethod
+    def enlarge_head(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        """The features of the head at the size of the frames."""
+
+    def seen_by_losses(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The stage features as the AVM losses get them."""
+        return list(features)
+
+
+class Decoder(TopDownDecoder):
+    """The decoder of the TPAVI paper, with bilinear enlargement.
 
     Args:
         channels: C of all stages; the head goes through C/2 and C/8 channels (published: 256, 128, 32).
@@ -57,26 +131,47 @@ class Decoder(nn.Module):
     def __init__(
         self, channels: int, num_classes: int = 1, compat: Literal["paper", "published_code"] = "paper"
     ) -> None:
-        super().__init__()
-        self.rectified = compat == "published_code"
-        # coarsest first
-        self.stages = nn.ModuleList(FusionStage(channels, index > 0, self.rectified) for index in range(4))
-        self.head_in = nn.Conv2d(channels, channels // 2, 3, padding=1)
-        self.head_mid = nn.Conv2d(channels // 2, channels // 8, 3, padding=1)
-        self.head_out = nn.Conv2d(channels // 8, num_classes, 1)
-        channels_last(self)
+        rectified = compat == "published_code"
+        widths = (channels, channels // 2, channels // 8)
+        super().__init__(lambda: ResidualConvUnit(channels, rectified), widths, num_classes)
+        self.rectified = rectified
 
-    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """features: four tensors [N,C,h,w], finest first; size: (H, W) of the frames -> logits [N,classes,H,W]."""
-        fine_to_coarse = list(features)
-        finest = fine_to_coarse[0].shape[-2:]
-        sizes = [(f.shape[-2], f.shape[-1]) for f in fine_to_coarse[2::-1]] + [(2 * finest[0], 2 * finest[1])]
-        path = fine_to_coarse[-1]
-        for stage, skip, target in zip(self.stages, fine_to_coarse[::-1], sizes, strict=True):
-            path = stage(path, skip, target)
-        path = F.interpolate(self.head_in(path), size, mode="bilinear", align_corners=False)
-        return self.head_out(F.relu(self.head_mid(path)))
+    def enlarge(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(x_NCHW, size, mode="bilinear", align_corners=True)
+
+    def enlarge_head(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        return F.interpolate(x_NCHW, size, mode="bilinear", align_corners=False)
 
     def seen_by_losses(self, features: Sequence[Tensor]) -> list[Tensor]:
         """The stage features as the AVM losses get them: unchanged, or rectified as the public code leaves them."""
         return [F.relu(f) for f in features] if self.rectified else list(features)
+
+
+class NearestDecoder(TopDownDecoder):
+    """The decoder of the public ECMVAE code, with batch normalisation and nearest enlargement.
+
+    Args:
+        channels: C of all stages; the head goes through C/2 and C/4 channels (published: 128, 64, 32).
+        num_classes: output channels: 1 for sounding / silent, or the number of classes.
+    """
+
+    def __init__(self, channels: int, num_classes: int = 1) -> None:
+        super().__init__(
+            lambda: NormalisedResidualUnit(channels), (channels, channels // 2, channels // 4), num_classes
+        )
+
+    def enlarge(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
+        # to an odd size this is doubling and leaving out the last row or column, so stages stay on one grid
+        return F.interpolate(x_NCHW, size, mode="nearest")
+
+    enlarge_head = enlarge
+
+
+def build_decoder(
+    kind: Literal["bilinear", "nearest"],
+    channels: int,
+    num_classes: int = 1,
+    compat: Literal["paper", "published_code"] = "paper",
+) -> TopDownDecoder:
+    """The decoder of model.decoder.kind; `compat` makes no difference to "nearest", see `Decoder`."""
+    return Decoder(channels, num_classes, compat) if kind == "bilinear" else NearestDecoder(channels, num_classes)

@@ -56,9 +56,10 @@ class TPAVI(RunningStatistics, nn.Module):
         implementation: the rank-T form on "triton" (GPU) or as torch operations, "rank_t"; the N x N formula
             "literal"; "auto" takes the fastest there is, see AVS_KERNELS in kernels/runtime.py.
         l2_normalise: normalise tokens and audio over the channels first, and add the normalised tokens (ECMVAE).
+        align_audio: project the audio to the channels of the tokens; false: take it as it is (public ECMVAE code).
 
     Raises:
-        ValueError: an odd number of channels.
+        ValueError: an odd number of channels, or audio of other channels that is not projected.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class TPAVI(RunningStatistics, nn.Module):
         key: Literal["audio", "visual", "both"] = "audio",
         implementation: Literal["auto", "triton", "rank_t", "literal"] = "auto",
         l2_normalise: bool = False,
+        align_audio: bool = True,
     ) -> None:
         super().__init__()
         if channels % 2:
@@ -77,7 +79,7 @@ class TPAVI(RunningStatistics, nn.Module):
         self.l2_normalise = l2_normalise
         self._requested = implementation
         inner = channels // 2
-        self.align = nn.Linear(audio_channels, channels) if key != "visual" else None
+        self.align = _alignment(audio_channels, channels, align_audio) if key != "visual" else None
         self.theta_weight, self.theta_bias = _projection(channels, inner)
         self.phi_weight, self.phi_bias = _projection(channels, inner)
         self.g_weight, self.g_bias = _projection(channels, inner)
@@ -109,6 +111,8 @@ class TPAVI(RunningStatistics, nn.Module):
 
     def project_audio(self, audio_BTD: Tensor) -> Tensor:
         """Audio in the channels of the visual tokens [B,T,C]: the phi input, and the audio side of the AVM losses.
+
+        Without `align_audio` this is the audio itself.
 
         Raises:
             ValueError: key = "visual", which has no audio.
@@ -181,21 +185,36 @@ class TPAVI(RunningStatistics, nn.Module):
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """State dict of one published TPAVI block (prefix removed) -> state dict of `TPAVI`.
 
-    A missing audio bias (the AVSS model has none) becomes zero.
+    A missing audio bias (the AVSS model has none) becomes zero; of a missing projection (ECMVAE has none) nothing is
+    given, as a block without `align_audio` needs nothing.
 
     Raises:
         ValueError: keys are missing from the published state.
     """
+    projected = any(name.startswith("align_channel.") for name in state)
     out = {}
     for ours, published in PUBLISHED_NAMES.items():
         if published in state:
             value = state[published]
             out[ours] = value.flatten(1) if value.ndim == 5 else value
+        elif ours.startswith("align.") and not projected:
+            continue
         elif ours == "align.bias":
             out[ours] = torch.zeros(state["align_channel.weight"].shape[0])
         else:
             raise ValueError(f"published TPAVI state has no '{published}'; found: {', '.join(sorted(state))}")
     return out
+
+
+def _alignment(audio_channels: int, channels: int, align_audio: bool) -> nn.Module:
+    if align_audio:
+        return nn.Linear(audio_channels, channels)
+    if audio_channels != channels:
+        raise ValueError(
+            f"TPAVI with align_audio=false takes the audio as it is: it has {audio_channels} channels, the tokens have "
+            f"{channels}; they must be equal (set model.neck.channels={audio_channels} or align_audio=true)"
+        )
+    return nn.Identity()
 
 
 def _projection(fan_in: int, fan_out: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -16,6 +16,11 @@ def build_system(config: Config, load_pretrained: bool = True) -> System:
     Raises:
         ValueError, FileNotFoundError: settings that do not fit together, or weights files that are missing.
     """
-    from avs_dist.systems.tpavi import TPAVISystem  # here, so that importing the protocol stays light
+    # imported here, so that importing the protocol stays light
+    if config.model.system == "ecmvae":
+        from avs_dist.systems.ecmvae import ECMVAESystem
+
+        return ECMVAESystem(config, load_pretrained)
+    from avs_dist.systems.tpavi import TPAVISystem
 
     return TPAVISystem(config, load_pretrained)

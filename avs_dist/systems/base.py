@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,21 +12,37 @@ import torch
 from torch import Tensor, nn
 
 from avs_dist.clip import Clip
+from avs_dist.gaussian import Gaussian, Mixture
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Output of a system: mask logits [B,T,H,W] (float32) at the size of the input frames."""
+    """Output of a system, at the size of the input frames.
+
+    logits_BTHW:   mask logits (float32); those of the mean probability where several masks were drawn.
+    variance_BTHW: variance of the probability over the masks drawn; None where the system draws none.
+    """
 
     logits_BTHW: Tensor
+    variance_BTHW: Tensor | None = None
 
     @property
     def probabilities_BTHW(self) -> Tensor:
         return self.logits_BTHW.sigmoid()
 
 
+@dataclass(frozen=True)
+class LatentCodes:
+    """Distributions of the codes of a batch, by the name of the code; each [B,T,L], zero where there is no frame."""
+
+    prior: dict[str, Gaussian | Mixture]
+    posterior: dict[str, Gaussian | Mixture]  # empty where the system has none
+
+
 class System(nn.Module, ABC):
     """A complete trainable system, assembled from modules in its constructor from a typed config."""
+
+    num_samples: int | None = None  # masks that a prediction averages, of a system that draws several
 
     @abstractmethod
     def loss_terms(self, clip: Clip, step: int) -> dict[str, Tensor]:
@@ -34,10 +52,25 @@ class System(nn.Module, ABC):
     def predict(self, clip: Clip, generator: torch.Generator | None = None) -> Prediction:
         """Masks of a batch, without gradient."""
 
+    def latents(self, clip: Clip) -> LatentCodes | None:
+        """Latent codes of a batch in eval mode, without gradient; None for a system that has none."""
+        return None
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradient; the mode is put back."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups; parameters without gradient (frozen encoders) are left out."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
-    def forward(self, method: Literal["loss_terms", "predict"], *args: Any) -> Any:
+    def forward(self, method: Literal["loss_terms", "predict", "latents"], *args: Any) -> Any:
         """Run a method through __call__, where DeepSpeed's hooks gather sharded parameters."""
         return getattr(self, method)(*args)

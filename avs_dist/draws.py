@@ -1,0 +1,45 @@
+"""Random numbers of each clip that depend on the seed, the step and the clip's name alone.
+
+So they are the same for any batch, rank, number of ranks and padding, and a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ClipDraws:
+    """Independent numbers for every clip and purpose.
+
+    Args:
+        seed: of the run.
+        step: optimiser step, or another number that tells occasions apart.
+        keys: names of the B clips.
+    """
+
+    def __init__(self, seed: int, step: int, keys: Sequence[str]) -> None:
+        self._occasion = f"{seed}/{step}"
+        self._keys = keys
+
+    def normal(self, purpose: str, *shape: int) -> Tensor:
+        """Standard normal float32 [B, *shape] on the CPU; the first rows do not depend on how many there are."""
+        return self._stack([g.standard_normal(shape, dtype=np.float32) for g in self._generators(purpose)])
+
+    def uniform(self, purpose: str, *shape: int) -> Tensor:
+        """Uniform float32 in [0,1), [B, *shape] on the CPU; the first rows do not depend on how many there are."""
+        return self._stack([g.random(shape, dtype=np.float32) for g in self._generators(purpose)])
+
+    def _stack(self, values: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(values))
+
+    def _generators(self, purpose: str) -> list[np.random.Generator]:
+        return [np.random.Generator(np.random.Philox(key=self._key(name, purpose))) for name in self._keys]
+
+    def _key(self, name: str, purpose: str) -> int:
+        text = f"{self._occasion}/{purpose}/{name}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")

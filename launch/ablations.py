@@ -1,0 +1,270 @@
+"""The ablation tables of the ECMVAE paper (Tables 2-6) at toy scale: synthetic clips, a tiny network, few steps.
+
+    avs-dist ablations                                     all tables; about 15 minutes on 2 free CPU cores
+    avs-dist ablations --tables 5 --steps 1000 --out runs/table5
+
+Every row is the base configs plus one small file of configs/ecmvae; rows that stand in several tables are run once. The
+tables and their commands are written to ablations.md and ablations.json in --out, again after every row. A run that
+was stopped goes on where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from avs_dist.launch.cli import run
+from avs_dist.launch.parser import Parser
+from avs_dist.launch.stages import shown, stage
+from avs_dist.launch.train import parse_config
+from avs_dist.shards.files import write_text
+from avs_dist.shards.schema import INDEX_FILE
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+BASE = ("demo.yaml", "demo_ecmvae.yaml")
+FULL, S4, FROM_S4 = "full", "s4", "from_s4"  # variants without a file of their own
+
+
+class Row(NamedTuple):
+    """One row of a table; `variant` is a file of configs/ecmvae, or one of those above."""
+
+    label: str
+    variant: str
+    published: float | None  # mIoU on MS3 with PVT, in percent
+
+
+class Table(NamedTuple):
+    title: str
+    rows: tuple[Row, ...]
+
+
+TABLES = {
+    2: Table(
+        "VAE and sound",
+        (
+            Row("without audio", "table2_no_audio", 48.20),
+            Row("CVAE", "table2_cvae", 49.26),
+            Row("CMVAE", "table2_cmvae", 54.99),
+        ),
+    ),
+    3: Table(
+        "factorised codes",
+        (
+            Row("VAE, one code of 16", "table2_cmvae", 54.99),
+            Row("VAE, one code of 48", "table3_vae_48", 55.09),
+            Row("VAE, factorised, 3 x 16", "table3_factorised", 56.38),
+            Row("AE", "table3_ae", 54.00),
+            Row("AE, factorised", "table3_ae_factorised", 54.82),
+        ),
+    ),
+    4: Table(
+        "divergence of the shared code",
+        (
+            Row("KL", "table3_factorised", 56.38),
+            Row("PoE", "table4_poe", 57.35),
+            Row("MoE", "table4_moe", 57.53),
+            Row("JS", FULL, 57.84),
+            Row("JS, geometric (ours)", "table4_js_geometric", None),
+        ),
+    ),
+    5: Table(
+        "constraints",
+        (
+            Row("neither", "table5_none", 57.01),
+            Row("L_diff", "table5_diff", 57.65),
+            Row("L_sic", "table5_sic", 57.51),
+            Row("L_diff and L_sic", FULL, 57.84),
+        ),
+    ),
+    6: Table("start", (Row("from scratch", FULL, 57.84), Row("pre-trained on S4", FROM_S4, 60.81))),
+}
+HEAD = ("row", "toy mIoU", "toy F", "steps/s", "paper's MS3 mIoU", "command")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that the scores depend on; clips (80% train, 10% val, 10% test), side of the frames in pixels."""
+
+    config: tuple[str, ...]
+    clips: int
+    size: int
+    steps: int
+    seed: int
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="avs-dist ablations", description=__doc__)
+    parser.add_argument("--tables", type=Literal[2, 3, 4, 5, 6], nargs="+", default=list(TABLES), help="of the paper")
+    parser.add_argument(
+        "--config",
+        action="append",
+        type=str,
+        help="base of every row; may be given several times (default: configs/demo.yaml and configs/demo_ecmvae.yaml)",
+    )
+    parser.add_argument("--out", type=str, default="runs/ablations", help="everything is written here")
+    parser.add_argument("--clips", type=int | None, default=None, help="clips of each setting (default: 160)")
+    parser.add_argument("--size", type=int | None, default=None, help="side of the frames in pixels (default: 64)")
+    parser.add_argument("--steps", type=int | None, default=None, help="steps of each training (default: 300)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the clips and of the trainings")
+    parser.add_argument("--quick", action="store_true", help="24 clips and 6 steps: shows that all rows run")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    started = time.monotonic()
+    clips, steps = (24, 6) if args.quick else (160, 300)
+    plan = Plan(
+        config=tuple(args.config or map(_typed, (CONFIGS / name for name in BASE))),
+        clips=clips if args.clips is None else args.clips,
+        size=64 if args.size is None else args.size,
+        steps=steps if args.steps is None else args.steps,
+        seed=args.seed,
+    )
+    if plan.steps < 1:
+        raise ValueError(f"--steps {plan.steps}: must be at least 1")
+    out, numbers = Path(args.out), sorted(set(args.tables))
+    warmup = _warmup_steps(plan)
+    _claim(out, plan)
+    todo = [variant for variant in _variants(numbers) if not _result_file(out, variant).is_file()]
+    _write(out, plan, numbers, warmup)
+    for done, variant in enumerate(todo, start=1):
+        print(f"\n[{done}/{len(todo)}] {variant}, {time.monotonic() - started:.0f} s so far", flush=True)
+        shards = _shards(out, _setting(variant), plan)
+        stage(*_train_command(out, plan, variant, warmup))
+        stage("evaluate", "--checkpoint", out / variant, "--shards", shards, "--split", "test",
+              "--json", _result_file(out, variant))  # fmt: skip
+        _write(out, plan, numbers, warmup)
+    print(f"\n{(out / 'ablations.md').read_text()}")
+    print(f"took {time.monotonic() - started:.0f} s; written to {out / 'ablations.md'} and {out / 'ablations.json'}")
+    return 0
+
+
+def _variants(numbers: list[int]) -> list[str]:
+    """Every variant of the tables once, the S4 training before what starts from it."""
+    variants = dict.fromkeys(row.variant for number in numbers for row in TABLES[number].rows)
+    return [name for variant in variants for name in ((S4, FROM_S4) if variant == FROM_S4 else (variant,))]
+
+
+def _setting(variant: str) -> str:
+    return "s4" if variant == S4 else "ms3"
+
+
+def _result_file(out: Path, variant: str) -> Path:
+    """What `avs-dist evaluate` writes, at once and last: where it is, the row is done."""
+    return out / variant / "test.json"
+
+
+def _warmup_steps(plan: Plan) -> int:
+    """The warm-up keeps its share of the steps of the base."""
+    base = parse_config([word for path in plan.config for word in ("--config", path)])
+    return round(base.optim.warmup_steps * plan.steps / base.train.max_steps)
+
+
+def _claim(out: Path, plan: Plan) -> None:
+    """Rows of one folder are comparable: it belongs to one plan."""
+    path, mine = out / "plan.json", json.loads(json.dumps(dataclasses.asdict(plan)))
+    if not path.is_file():
+        write_text(path, json.dumps(mine, indent=1) + "\n")
+        return
+    other = json.loads(path.read_text())
+    if other != mine:
+        differ = "; ".join(
+            f"{key} {other.get(key)} there, {mine[key]} here" for key in mine if mine[key] != other.get(key)
+        )
+        raise ValueError(f"--out {out} holds rows of other settings ({differ}): choose another folder")
+
+
+def _shards(out: Path, setting: str, plan: Plan) -> Path:
+    """Folder of the shards of one setting, made if it is not there."""
+    clips, shards = out / f"clips_{setting}", out / f"shards_{setting}"
+    if not (shards / INDEX_FILE).is_file():
+        shutil.rmtree(clips, ignore_errors=True)  # of a run that was stopped
+        stage("synth", "--out", clips, "--setting", setting, "--clips", plan.clips, "--seed", plan.seed,
+              "--size", plan.size)  # fmt: skip
+        stage("shards", "build", "--source", f"avsbench-{setting}", "--root", clips, "--out", shards,
+              "--size", plan.size)  # fmt: skip
+    return shards
+
+
+def _train_command(out: Path, plan: Plan, variant: str, warmup: int) -> list[str]:
+    overlay = CONFIGS / "ecmvae" / f"{variant}.yaml"
+    configs = [*plan.config, *([] if variant in (FULL, S4, FROM_S4) else [_typed(overlay)])]
+    values = {
+        "data.shards": out / f"shards_{_setting(variant)}",
+        "seed": plan.seed,
+        "optim.warmup_steps": warmup,
+        "train.max_steps": plan.steps,
+        "train.eval_every": 0,
+        "train.out_dir": out / variant,
+        "train.resume": "true",
+        **({"train.init_from": out / S4} if variant == FROM_S4 else {}),
+    }
+    words = [word for path in configs for word in ("--config", path)]
+    return ["train", *words, *(str(word) for key, value in values.items() for word in (f"--{key}", value))]
+
+
+def _typed(path: Path) -> str:
+    """The path as one would type it here."""
+    here = os.path.relpath(path)
+    return str(path) if here.startswith("..") else here
+
+
+def _write(out: Path, plan: Plan, numbers: list[int], warmup: int) -> None:
+    """ablations.json and ablations.md with all rows that are done so far."""
+    tables: dict[str, Any] = {}
+    for number in numbers:
+        rows = []
+        for row in TABLES[number].rows:
+            command = shown(_train_command(out, plan, row.variant, warmup))
+            rows.append({**row._asdict(), **_result(out, row.variant), "command": command})
+        tables[str(number)] = {"title": TABLES[number].title, "rows": rows}
+    write_text(out / "ablations.json", json.dumps({**dataclasses.asdict(plan), "tables": tables}, indent=1) + "\n")
+    write_text(out / "ablations.md", _markdown(plan, tables))
+
+
+def _result(out: Path, variant: str) -> dict[str, float | None]:
+    path = _result_file(out, variant)
+    if not path.is_file():
+        return {"miou": None, "f_score": None, "steps_per_s": None}
+    measured = json.loads(path.read_text())["results"]["real"]
+    records = map(json.loads, (out / variant / "metrics.jsonl").read_text().splitlines())
+    seconds = [record["seconds_per_step"] for record in records if record["phase"] == "train"]
+    speed = 1.0 / statistics.median(seconds) if seconds else None  # a run of few steps logs none
+    return {"miou": measured["miou"], "f_score": measured["f_score"], "steps_per_s": speed}
+
+
+def _markdown(plan: Plan, tables: dict[str, Any]) -> str:
+    parts = [
+        f"Toy scale: {plan.clips} synthetic clips of {plan.size} x {plan.size} pixels, a tenth of them the test split, "
+        f"and {plan.steps} steps from random weights with one seed. These scores are reported, not claimed: they show "
+        "that every row trains; at this scale their order says nothing about that of the paper.",
+        f"Base of all rows: {' '.join(plan.config)}. mIoU and F are those of `avs-dist evaluate`; steps/s is a median.",
+    ]
+    for number, table in tables.items():
+        lines = [f"## Table {number}: {table['title']}", "", _line(HEAD), _line(["---"] * len(HEAD))]
+        for row in table["rows"]:
+            measured = [_cell(row["miou"], ".3f"), _cell(row["f_score"], ".3f"), _cell(row["steps_per_s"], ".2f")]
+            lines.append(_line([row["label"], *measured, _cell(row["published"], ".2f"), f"`{row['command']}`"]))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("ablations"))

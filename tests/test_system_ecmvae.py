@@ -1,0 +1,328 @@
+"""ECMVAE as a whole: every term against the formulas of the paper, padding, draws, ablations, the public code."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_system_tpavi import doubled, gradients, make_clip, make_config, pad
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from avs_dist.clip import Clip
+from avs_dist.config import Config, DecoderConfig, LatentConfig, LatentLossConfig, LossConfig, NeckConfig, TPAVIConfig
+from avs_dist.draws import ClipDraws
+from avs_dist.gaussian import Gaussian
+from avs_dist.losses import ecmvae_code
+from avs_dist.losses.segmentation import structure_loss
+from avs_dist.systems import build_system
+from avs_dist.systems.ecmvae import ECMVAESystem, posterior_masks
+
+TERMS = {"prior", "posterior", "kl", "divergence", "orthogonality", "information"}
+ONE_CODE = TERMS - {"kl", "orthogonality", "information"}
+
+
+def ecmvae_config(latent: LatentConfig | None = None, loss: LatentLossConfig | None = None, **model: object) -> Config:
+    config = make_config(system="ecmvae", latent=latent or LatentConfig(dim=4, samples=3), **model)
+    return replace(config, loss=LossConfig(segmentation="structure", latent=loss or LatentLossConfig(draws=3)))
+
+
+def build(config: Config) -> ECMVAESystem:
+    torch.manual_seed(0)
+    system = build_system(config)
+    assert isinstance(system, ECMVAESystem)
+    return system
+
+
+PUBLISHED = ecmvae_config(
+    LatentConfig(dim=4, inject="before_tpavi", spatial_noise=0.0),
+    compat="published_code",
+    neck=NeckConfig("three_layer", 128),
+    decoder=DecoderConfig("nearest"),
+    tpavi=TPAVIConfig(l2_normalise=True, align_audio=False),
+)
+
+
+def test_it_learns_a_batch_and_every_parameter_has_a_gradient():
+    config = ecmvae_config()
+    system, clip = build(replace(config, loss=replace(config.loss, segmentation="bce"))), make_clip()
+    clip.masks_BTHW.zero_()
+    clip.masks_BTHW[:, :, :20, :30] = 1
+    assert all(g is not None for g in gradients(system, clip).values())
+    optimiser = torch.optim.AdamW(system.parameter_groups(), lr=3e-3)
+    losses = []
+    for step in range(12):
+        optimiser.zero_grad()
+        terms = system.loss_terms(clip, step)
+        assert set(terms) == TERMS
+        torch.stack(list(terms.values())).sum().backward()
+        optimiser.step()
+        losses.append((terms["prior"] + terms["posterior"]).item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.fixture
+def warm() -> ECMVAESystem:
+    """In eval mode and float64, where a clip's losses are those of the formulas, clip by clip."""
+    system = build(ecmvae_config()).double()
+    for block in system.trunk.blocks.values():
+        torch.nn.init.normal_(block.bn_weight)
+    return system.eval()
+
+
+def exact(clip: Clip) -> Clip:
+    return clip.to("cpu", torch.float64)
+
+
+def normals(distribution: Gaussian) -> Normal:
+    return Normal(distribution.mean, (0.5 * distribution.log_var).exp())
+
+
+class Literal:
+    """The parts of the paper's objective, written out anew from the encoders' outputs and the draws."""
+
+    def __init__(self, system: ECMVAESystem, clip: Clip, step: int) -> None:
+        batch, frames = clip.valid_BT.shape
+        pictures, sound = clip.frames_BTCHW.flatten(0, 1), system.trunk.audio_encoder(clip.mel_BTFM.flatten(0, 1))
+        masks = (clip.masks_BTHW > 0).flatten(0, 1)[:, None].double()
+        draws = ClipDraws(system.config.seed, step, clip.key)
+        self.of = {"prior": system.prior(pictures, sound), "posterior": system.posterior(pictures, sound, masks)}
+        self.codes: dict[str, dict[str, Tensor]] = {}
+        self.fused: dict[str, tuple[Tensor, Tensor]] = {}
+        self.logits: dict[str, Tensor] = {}
+        tokens = [
+            neck(maps) for neck, maps in zip(system.generator.necks, system.trunk.backbone(pictures), strict=True)
+        ]
+        sound_BTD = sound.unflatten(0, (batch, frames))
+        features = [
+            system.trunk.blocks[str(i)](t.unflatten(0, (batch, frames)), sound_BTD).flatten(0, 1)
+            for i, t in enumerate(tokens)
+        ]
+        for path, codes in self.of.items():
+            z = {}
+            for name, gaussian in codes.items():
+                noise = draws.normal(f"{path}/{name}", frames, 4).double().flatten(0, 1)
+                z[name] = gaussian.mean + (gaussian.log_var / 2).exp() * noise
+            fusion = system.generator.fusion
+            visual = fusion.visual(torch.cat([z["s_v"], z["c"]], 1))
+            audio = fusion.audio(torch.cat([z["s_a"], z["c"]], 1))
+            tiled = torch.cat([visual, audio], 1)[:, :, None, None].expand(-1, -1, *features[3].shape[2:])
+            space = draws.normal(f"{path}/space", frames, *tiled.shape[1:]).double().flatten(0, 1)
+            mix = system.generator.injection.mix
+            coarsest = mix(torch.cat([features[3], tiled + system.config.model.latent.spatial_noise * space], 1))
+            logits = system.generator.decoder([*features[:3], coarsest], tuple(pictures.shape[-2:]))[:, 0]
+            self.codes[path], self.fused[path] = z, (visual, audio)
+            self.logits[path] = logits.unflatten(0, (batch, frames))
+        self.noise = [
+            draws.normal(f"divergence/{name}", frames, 3, 4).double().flatten(0, 1).transpose(0, 1) for name in "qp"
+        ]
+
+
+def test_terms_are_those_of_the_paper(warm):
+    """Eq. 6, 8, 9, 12 and 13 with the published weights."""
+    clip = exact(make_clip())
+    with torch.no_grad():
+        got = warm.loss_terms(clip, 5)
+        literal = Literal(warm, clip, 5)
+    prior, posterior = literal.of["prior"], literal.of["posterior"]
+    want = {}
+    for path in ("prior", "posterior"):
+        total, count = structure_loss(literal.logits[path], clip.masks_BTHW, clip.labelled_BT)
+        want[path] = 0.5 * total / count
+    kl = [kl_divergence(normals(posterior[name]), normals(prior[name])).sum(1).mean() for name in ("s_v", "s_a")]
+    want["kl"] = 0.5 * 0.1 * sum(kl)
+    q, p = normals(posterior["c"]), normals(prior["c"])
+    js = 0.0
+    for at, noise in zip((q, p), literal.noise, strict=True):
+        x = at.mean + at.stddev * noise
+        log_q, log_p = q.log_prob(x).sum(-1), p.log_prob(x).sum(-1)
+        log_m = torch.logaddexp(log_q, log_p) - math.log(2.0)
+        # E_m[(q/m) log(q/m) + (p/m) log(p/m)] / 2, half of the samples of m from each
+        each = (log_q - log_m).exp() * (log_q - log_m) + (log_p - log_m).exp() * (log_p - log_m)
+        js += 0.25 * each.mean()
+    want["divergence"] = 0.5 * 0.1 * js
+    want["orthogonality"] = want["information"] = 0.0
+    for path in ("prior", "posterior"):
+        c, s_v, s_a = (literal.codes[path][name].unflatten(0, clip.valid_BT.shape) for name in ("c", "s_v", "s_a"))
+        for a, b in ((c, s_a), (c, s_v), (s_a, s_v)):
+            for clip_a, clip_b in zip(a, b, strict=True):
+                want["orthogonality"] += 0.5 * 0.001 * torch.linalg.norm(clip_a.T @ clip_b) ** 2 / len(a)
+        visual, audio = literal.fused[path]
+        bound = normals(warm.objective.head(visual)).log_prob(audio).sum(1).mean()
+        want["information"] += -0.5 * 0.01 * bound
+    assert set(got) == set(want)
+    for name, value in want.items():
+        # logits are float32, all else is float64
+        rtol = 1e-5 if name in ("prior", "posterior") else 1e-9
+        torch.testing.assert_close(got[name].double(), value, rtol=rtol, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_padding_changes_neither_losses_nor_gradients_nor_predictions():
+    system, clip = build(ecmvae_config()).double(), make_clip()
+    short, padded = exact(clip), exact(pad(clip, 2))
+    want, got = gradients(system, short), gradients(system, padded)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+    one, other = system.predict(short), system.predict(padded)
+    torch.testing.assert_close(other.logits_BTHW[:, :3], one.logits_BTHW)
+    torch.testing.assert_close(other.variance_BTHW[:, :3], one.variance_BTHW)
+    assert other.variance_BTHW[:, 3:].abs().max() == 0
+
+
+def test_predictions_depend_on_the_clip_not_on_its_batch(warm):
+    clip = exact(make_clip())
+    alone = Clip(*(getattr(clip, f)[1:] for f in ("frames_BTCHW", "mel_BTFM", "masks_BTHW")),
+                 clip.labelled_BT[1:], clip.valid_BT[1:], clip.key[1:])  # fmt: skip
+    torch.testing.assert_close(warm.predict(alone).logits_BTHW, warm.predict(clip).logits_BTHW[1:])
+    assert torch.equal(warm.predict(clip).logits_BTHW, warm.predict(clip).logits_BTHW)
+    same = [warm.predict(clip, torch.Generator().manual_seed(3)).logits_BTHW for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.allclose(same[0], warm.predict(clip).logits_BTHW)
+
+
+def test_prediction_is_mean_and_variance_over_prior_samples(warm):
+    clip = exact(make_clip())
+    warm.num_samples = 3
+    prediction = warm.predict(clip)
+    draws = ClipDraws(0, -1, clip.key)
+    with torch.no_grad():
+        seen = warm._see(clip)
+        scene, codes = warm.generator.prepare(warm.trunk, seen), warm._codes(seen)
+        each = torch.stack(
+            [
+                warm._paint(f"prior/{i}", warm.generator, seen, scene, codes, draws).logits_BTHW.sigmoid()
+                for i in (1, 2, 3)
+            ]
+        )
+    torch.testing.assert_close(prediction.probabilities_BTHW, each.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(prediction.variance_BTHW, each.var(0, correction=0), rtol=1e-4, atol=1e-8)
+    assert prediction.variance_BTHW.max() > 1e-8
+    warm.num_samples = 1
+    assert warm.predict(clip).variance_BTHW.abs().max() == 0
+
+
+def test_draws_change_with_the_step_and_repeat_with_it(warm):
+    clip = exact(make_clip())
+    first, again, later = (sum(warm.loss_terms(clip, step).values()).item() for step in (3, 3, 4))
+    assert first == again
+    assert later != pytest.approx(first, rel=1e-6)
+
+
+def test_losses_do_not_depend_on_the_batch(warm):
+    clip = exact(make_clip())
+    once, twice = warm.loss_terms(clip, 2), warm.loss_terms(doubled(clip), 2)
+    for name, value in once.items():
+        torch.testing.assert_close(twice[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_first_mask_stands_for_all_seconds_of_an_s4_clip(warm):
+    clip = exact(make_clip())
+    clip.labelled_BT[:, 1:] = False
+    clip.masks_BTHW[:, 1:] = 0
+    assert torch.equal(posterior_masks(clip), (clip.masks_BTHW[:, :1] > 0).expand_as(clip.masks_BTHW))
+    repeated = replace(clip, masks_BTHW=clip.masks_BTHW[:, :1].expand_as(clip.masks_BTHW))
+    for name, value in warm.loss_terms(repeated, 0).items():
+        torch.testing.assert_close(warm.loss_terms(clip, 0)[name], value)
+    other = replace(clip, masks_BTHW=1 - clip.masks_BTHW)
+    moved = (warm.latents(other).posterior["s_v"].mean - warm.latents(clip).posterior["s_v"].mean).abs()
+    assert moved[:, 4 - 2 :].max() > 1e-6  # also of a second without a mask of its own
+
+
+def test_masks_are_carried_forward_and_the_first_one_back():
+    clip = make_clip(batch=2, frames=5, size=8)
+    clip.labelled_BT[:] = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 1]], dtype=torch.bool)
+    own = clip.masks_BTHW > 0
+    got = posterior_masks(clip)
+    for row, source in ((0, [1, 1, 1, 3, 3]), (1, [0, 0, 0, 0, 4])):
+        assert torch.equal(got[row], own[row, source])
+
+
+ABLATIONS = {
+    "Table 2 CVAE": (ecmvae_config(LatentConfig(factorise=False), tpavi=TPAVIConfig(stages=())), ONE_CODE),
+    "Table 2 CMVAE": (ecmvae_config(LatentConfig(factorise=False), LatentLossConfig("kl")), ONE_CODE),
+    "Table 3 48": (ecmvae_config(LatentConfig(factorise=False, dim=48), LatentLossConfig("kl")), ONE_CODE),
+    "Table 3 AE": (ecmvae_config(LatentConfig(kind="ae")), {"prior", "orthogonality", "information"}),
+    "Table 4 KL": (ecmvae_config(loss=LatentLossConfig("kl")), TERMS),
+    "Table 4 PoE": (ecmvae_config(LatentConfig(joint="poe"), LatentLossConfig("kl")), TERMS),
+    "Table 4 MoE": (ecmvae_config(LatentConfig(joint="moe"), LatentLossConfig("kl")), TERMS),
+    "MoE with JS": (ecmvae_config(LatentConfig(joint="moe"), LatentLossConfig("js")), TERMS),
+    "geometric JS": (ecmvae_config(loss=LatentLossConfig("js_geometric")), TERMS),
+    "Table 5 none": (
+        ecmvae_config(loss=LatentLossConfig(orthogonality=0.0, information=0.0)),
+        TERMS - {"orthogonality", "information"},
+    ),
+    "Table 5 diff": (ecmvae_config(loss=LatentLossConfig(information=0.0)), TERMS - {"information"}),
+    "Table 5 sic": (ecmvae_config(loss=LatentLossConfig(orthogonality=0.0)), TERMS - {"orthogonality"}),
+    "before TPAVI": (ecmvae_config(LatentConfig(inject="before_tpavi")), TERMS),
+    "public code": (PUBLISHED, TERMS),
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_have_their_terms_and_train_all_their_parameters(name):
+    config, terms = ABLATIONS[name]
+    system, clip = build(config), make_clip()
+    assert set(system.loss_terms(clip, 0)) == terms
+    sum(system("loss_terms", clip, 0).values()).backward()
+    left = [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    assert left == []
+    prediction = system.predict(clip)
+    assert (prediction.variance_BTHW is None) == (system.num_samples is None) == (config.model.latent.kind == "ae")
+    codes = system.latents(clip)
+    assert set(codes.prior) == ({"s_v", "s_a", "c"} if config.model.latent.factorise else {"z"})
+    assert set(codes.posterior) == (set() if config.model.latent.kind == "ae" else set(codes.prior))
+
+
+def test_public_code_has_two_generators_and_its_own_losses():
+    system, clip = build(PUBLISHED).eval(), make_clip()
+    assert system.posterior_generator is not None
+    terms, codes = system.loss_terms(clip, 0), system.latents(clip)
+    kl = [ecmvae_code.gaussian_kl(codes.posterior[name], codes.prior[name]).mean() for name in ("s_v", "s_a")]
+    torch.testing.assert_close(terms["kl"], 0.5 * 0.1 * sum(kl))
+    q, p = codes.posterior["c"], codes.prior["c"]
+    draws = ClipDraws(0, 0, clip.key)
+    noise = [draws.normal(f"divergence/{name}", 3, 1, 4)[:, :, 0] for name in "qp"]
+    torch.testing.assert_close(terms["divergence"], 0.5 * 0.1 * ecmvae_code.js_divergence(q, p, *noise).mean())
+    # the posterior's masks come from its own necks, fusion and decoder
+    for parameter in system.posterior_generator.parameters():
+        torch.nn.init.normal_(parameter)
+    changed = system.loss_terms(clip, 0)
+    assert changed["prior"].item() == terms["prior"].item()
+    assert changed["posterior"].item() != pytest.approx(terms["posterior"].item(), rel=1e-3)
+
+
+def test_bfloat16_parameters_give_float32_losses_and_predictions():
+    system = build(ecmvae_config()).bfloat16()
+    clip = make_clip().to("cpu", torch.bfloat16)
+    terms = system.loss_terms(clip, 0)
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+    sum(terms.values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in system.parameters())
+    prediction = system.predict(clip)
+    assert prediction.logits_BTHW.dtype == prediction.variance_BTHW.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ecmvae_config(tpavi=TPAVIConfig(stages=())), r"model\.latent: without sound.*factorise=false"),
+        (ecmvae_config(LatentConfig(factorise=False, joint="poe"), tpavi=TPAVIConfig(key="visual")), "joint=fused"),
+        (ecmvae_config(LatentConfig(joint="moe"), LatentLossConfig("js_geometric")), r"joint=moe.*geometric mean"),
+        (ecmvae_config(LatentConfig(kind="ae", joint="poe")), r"joint=poe.*kind=ae"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        build(config)
+
+
+def test_frames_of_any_size():
+    """Frames need not be square, nor of 224 pixels."""
+    system = build(ecmvae_config())
+    clip = make_clip(size=64)
+    wide = replace(clip, frames_BTCHW=F.pad(clip.frames_BTCHW, (0, 32)), masks_BTHW=F.pad(clip.masks_BTHW, (0, 32)))
+    assert system.predict(wide).logits_BTHW.shape == (2, 3, 64, 96)
+    sum(system.loss_terms(wide, 0).values()).backward()
