@@ -91,7 +91,7 @@ def test_the_table_says_how_far_the_counts_are_from_the_paper():
     rows = [(pvt, result), (models.MODELS[0], {"failed": "crashed (exit code -9)"})]
     table = models.markdown({"device": "some"}, rows)
     assert "| 93.01 | 91.18 | +2.0% | 93.51 |" in table
-    assert f"| {pvt.label} | 1 | 123 | 200 | 46 |" in table
+    assert f"| {pvt.label} | 1.0 | 123.4 | 200.0 | 46 |" in table
     assert f"- {models.MODELS[0].label}: crashed (exit code -9)" in table
     assert "72.14" in table
     assert models.as_json({}, rows)["rows"][0]["ms"]["p50"] == 123.4

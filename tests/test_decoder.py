@@ -133,9 +133,15 @@ def test_decoder_equals_the_published_order_of_operations():
 def test_decoder_keeps_the_parameters_of_its_checkpoints():
     names = [f"stages.{i}.{unit}.conv{j}" for i in range(4) for unit in ("skip_unit", "unit") for j in (1, 2)]
     names = [n for n in names if not n.startswith("stages.0.skip_unit")] + ["head_in", "head_mid", "head_out"]
-    state = Decoder(C).state_dict()
+    state = Decoder(256).state_dict()
     assert list(state) == [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
-    assert state["head_mid.weight"].shape == (C // 8, C // 2, 3, 3)
+    assert state["head_mid.weight"].shape == (32, 128, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["bilinear", "nearest"])
+def test_small_decoders_keep_enough_channels_before_their_last_relu(kind):
+    assert build_decoder(kind, 128).head_mid.out_channels == {"bilinear": 16, "nearest": 32}[kind]
+    assert build_decoder(kind, 16).head_mid.out_channels == 16
 
 
 def tiled(x: Tensor) -> Tensor:

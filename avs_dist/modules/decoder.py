@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from avs_dist.modules.norm import WorldBatchNorm2d
 from avs_dist.modules.weights import channels_last
 
+LEAST_HEAD = 16  # channels before the last ReLU; the few of a small network can all die within some steps
+
 
 class ResidualConvUnit(nn.Module):
     """x + conv(relu(conv(relu(x)))).
@@ -66,7 +68,7 @@ class TopDownDecoder(nn.Module, ABC):
 
     Args:
         unit: makes a residual unit of C channels.
-        widths: C of all stages, and the channels of the two 3x3 convolutions of the head.
+        widths: C of all stages, and the channels of the two 3x3 convolutions of the head; the last are at least 16.
         num_classes: output channels.
     """
 
@@ -75,8 +77,9 @@ class TopDownDecoder(nn.Module, ABC):
         # coarsest first
         self.stages = nn.ModuleList(FusionStage(unit, index > 0) for index in range(4))
         self.head_in = nn.Conv2d(widths[0], widths[1], 3, padding=1)
-        self.head_mid = nn.Conv2d(widths[1], widths[2], 3, padding=1)
-        self.head_out = nn.Conv2d(widths[2], num_classes, 1)
+        last = max(widths[2], LEAST_HEAD)
+        self.head_mid = nn.Conv2d(widths[1], last, 3, padding=1)
+        self.head_out = nn.Conv2d(last, num_classes, 1)
         channels_last(self)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

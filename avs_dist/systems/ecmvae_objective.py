@@ -22,6 +22,7 @@ from avs_dist.systems.trunk import Existing
 from avs_dist.world import all_reduce_sum, global_mean
 
 SPECIFIC = ("s_v", "s_a")
+VARIANCE_EPS = 1e-6  # a dead dimension stays dead
 
 
 class Painted(NamedTuple):
@@ -133,7 +134,8 @@ class Objective(nn.Module):
 
     def _orthogonality(self, path: Painted, clip: Clip, exist: Existing) -> Tensor:
         """Eq. 9, a mean over clips."""
-        shared_BTL, *specific = [exist.restore(path.codes[name]) for name in ("c", *SPECIFIC)]
+        codes = [self._scaled(path.codes[name]) for name in ("c", *SPECIFIC)]
+        shared_BTL, *specific = map(exist.restore, codes)
         if self.published:
             return ecmvae_code.difference(shared_BTL, specific, clip.valid_BT, all_reduce_sum)
         loss_B = latent.orthogonality([shared_BTL, *specific], clip.valid_BT)
@@ -141,13 +143,24 @@ class Objective(nn.Module):
 
     def _information(self, path: Painted) -> Tensor:
         """Eq. 11 with H(SC^a) taken as a constant (0), as the paper does: log q(sc_a | sc_v) of each frame."""
-        visual_NL, audio_NL = path.fused
+        visual_NL, audio_NL = map(self._scaled, path.fused)
         if isinstance(self.head, PublishedInformationHead):
             predicted, target_NL = self.head(visual_NL, audio_NL)
             return ecmvae_code.log_likelihood(target_NL, predicted)
         assert self.head is not None
         predicted = self.head(visual_NL)
         return barber_agakov(audio_NL.to(predicted.mean.dtype), predicted)
+
+    def _scaled(self, code_NL: Tensor) -> Tensor:
+        """The code as it is (paper), or standardised over the frames of all ranks. Information does not change with an
+        invertible map of the codes; the terms that stand for it, with a constant entropy, do."""
+        if not self.weights.standardise:
+            return code_NL
+        code_NL = code_NL.to(torch.promote_types(code_NL.dtype, torch.float32))
+        frames = all_reduce_sum(code_NL.new_tensor(float(len(code_NL)))).clamp_min(1.0)
+        centred_NL = code_NL - all_reduce_sum(code_NL.sum(0)) / frames
+        variance_L = all_reduce_sum(centred_NL.square().sum(0)) / frames
+        return centred_NL * torch.rsqrt(variance_L + VARIANCE_EPS)
 
 
 def _gaussian(distribution: Distribution) -> Gaussian:

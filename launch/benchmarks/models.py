@@ -131,7 +131,7 @@ def markdown(facts: dict[str, Any], rows: list[tuple[Model, dict[str, Any]]]) ->
         cells = [*(_millions(parts[part]) for part in counted), _millions(ours), f"{model.published_m:.2f}"]
         cells += [f"{ours / 1e6 / model.published_m - 1:+.1%}", _millions(ours + parts[UNUSED])]
         parameters.append(_line([model.label, *cells]))
-        spread = [f"{result['ms'][name]:.3g}" for name in ("p20", "p50", "p80")]
+        spread = [f"{result['ms'][name]:.1f}" for name in ("p20", "p50", "p80")]
         times.append(_line([model.label, *spread, f"{model.published_ms:g}"]))
     audio = ", ".join(dict.fromkeys(_millions(result["parameters"][AUDIO]) for _, result in measured))
     why = [(model.label, result.get("failed") or result.get("skipped")) for model, result in rows]
@@ -143,7 +143,8 @@ def markdown(facts: dict[str, Any], rows: list[tuple[Model, dict[str, Any]]]) ->
         "needs (posterior encoders, the public code's second generator, information head) is. Each decoder of the "
         "public codes holds one residual unit that nothing uses; ours leave it out, the last column adds it.",
         "\n".join(parameters),
-        "Milliseconds of one prediction: a clip of 5 frames, sound included, one draw of the codes, from Python.",
+        f"Milliseconds of one prediction: a clip of {FRAMES} frames of {SIZE} x {SIZE} ({TINY_SIZE} x {TINY_SIZE} with "
+        "--tiny), sound included, one draw of the codes, from Python.",
         "\n".join(times),
     ]
     return "\n\n".join([*paragraphs, *(["Notes:\n\n" + "\n".join(notes)] if notes else [])]) + "\n"
