@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from avs_dist.systems.base import System
 
 MANIFEST = "manifest.json"
 # a run may be continued with other values of these; all others must be the same
-_FREE_TO_CHANGE = ("out_dir", "max_steps", "eval_every", "log_every", "resume")
+_FREE_TO_CHANGE = ("out_dir", "max_steps", "eval_every", "log_every", "resume", "init_from")
 
 
 def save(engine: Engine, config: Config, *, step: int, image_size: int, metrics: dict[str, float]) -> Path:
@@ -71,22 +72,31 @@ def resume(engine: Engine, config: Config, checkpoint: Path, image_size: int) ->
         ValueError: damaged files, another config, world size, ZeRO stage or frame size than at the save.
     """
     manifest = _verified_manifest(checkpoint)
-    now = {"world_size": world.world_size(), "image_size": image_size, "config_hash": resume_hash(config)}
-    for key, value in now.items():
-        if manifest[key] != value:
-            raise ValueError(
-                f"{checkpoint}: saved with {key}={manifest[key]}, this run has {value}; "
-                f"continue with the settings in {checkpoint / 'config.yaml'} or start in another train.out_dir"
-            )
+    there = {"world_size": manifest["world_size"], "image_size": manifest["image_size"]}
+    there |= _lasting_settings(_config(checkpoint))
+    here = {"world_size": world.world_size(), "image_size": image_size, **_lasting_settings(config)}
+    differ = [f"{key} {there[key]} there, {value} here" for key, value in here.items() if there[key] != value]
+    if differ:
+        raise ValueError(
+            f"{checkpoint} was saved with other settings ({'; '.join(differ)}): "
+            f"continue with those in {checkpoint / 'config.yaml'} or start in another train.out_dir"
+        )
     engine.load(checkpoint / "engine")
     return int(manifest["step"])
 
 
-def resume_hash(config: Config) -> str:
-    """Hash of the settings that must stay the same over a resume."""
-    values = to_dict(config)
-    values["train"] = {k: v for k, v in values["train"].items() if k not in _FREE_TO_CHANGE}
-    return config_hash(values)
+def _lasting_settings(config: Config) -> dict[str, Any]:
+    """The settings that must stay the same over a resume, by their dotted names."""
+    free = {f"train.{name}" for name in _FREE_TO_CHANGE}
+    return {key: value for key, value in _flat(to_dict(config)) if key not in free}
+
+
+def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -113,28 +123,33 @@ def load_weights(system: System, checkpoint: str | Path) -> None:
         FileNotFoundError: there is no checkpoint.
         ValueError: it holds another model, or is damaged.
     """
-    folder = find_checkpoint(checkpoint)
-    try:
-        system.load_state_dict(_weights(folder))
-    except RuntimeError as error:
-        raise ValueError(f"train.init_from: {folder} holds another model: {first_lines(error)}") from error
+    _fill(system, find_checkpoint(checkpoint), "train.init_from: ")
 
 
 def load_system(checkpoint: str | Path, device: torch.device | str = "cpu") -> tuple[System, Config]:
     """System with its trained weights, in evaluation mode, and the config it was trained with."""
     folder = find_checkpoint(checkpoint)
-    weights = _weights(folder)
-    config = from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    config = _config(folder)
     system = build_system(config, load_pretrained=False)
-    system.load_state_dict(weights)
+    _fill(system, folder)
     return system.to(device).eval(), config
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of a checkpoint whose config and weights are as its manifest says."""
-    files = _manifest(folder)["files"]
-    _verify(folder, {name: files[name] for name in ("config.yaml", "model.safetensors")})
-    return load_file(folder / "model.safetensors")
+def _fill(system: System, folder: Path, key: str = "") -> None:
+    _verify_listed(folder, "model.safetensors")
+    try:
+        system.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(f"{key}{folder} holds another model: {first_lines(error)}") from error
+
+
+def _config(folder: Path) -> Config:
+    _verify_listed(folder, "config.yaml")
+    return from_dict(yaml.safe_load((folder / "config.yaml").read_text()))
+
+
+def _verify_listed(folder: Path, name: str) -> None:
+    _verify(folder, {name: _manifest(folder)["files"][name]})
 
 
 def image_size(checkpoint: str | Path) -> int:
@@ -157,7 +172,7 @@ def seal(folder: Path, config: Config, **facts: Any) -> None:
         **facts,
         "world_size": world.world_size(),
         "zero_stage": config.engine.zero_stage,
-        "config_hash": resume_hash(config),
+        "config_hash": config_hash(config),
         "torch": torch.__version__,
         "files": files,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,12 @@ def loss_curve(records: Sequence[Mapping[str, Any]]) -> bytes | None:
     axes.plot(steps, _smoothed(total), color=MODEL, linewidth=2, label="loss")
     terms = [name for name in records[0] if name not in NOT_A_LOSS]
     # a single term is the total
-    for name, colour in zip(terms if len(terms) > 1 else [], (TRUTH, QUIET, INK, MUTED), strict=False):
+    styles = cycle(product(("-", "--"), (TRUTH, QUIET, INK, MUTED)))
+    for name, (dash, colour) in zip(terms if len(terms) > 1 else [], styles, strict=False):
         values = np.array([r.get(name, np.nan) for r in records], dtype=np.float64)
-        axes.plot(steps, _smoothed(values), color=colour, linewidth=1.4, label=name)
-    axes.set_ylim(bottom=0)
+        axes.plot(steps, _smoothed(values), color=colour, linestyle=dash, linewidth=1.4, label=name)
+    lowest = min(np.nanmin(line.get_ydata(), initial=0.0) for line in axes.lines)
+    axes.set_ylim(bottom=1.05 * lowest)  # zero, unless a term such as a log-likelihood is negative
     return _finished(figure, axes)
 
 

@@ -26,6 +26,7 @@ from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.plan import PADDING
 from avs_dist.systems import build_system
+from avs_dist.systems.matching import with_mask
 
 
 def train(config: Config) -> Path:
@@ -48,9 +49,10 @@ def _train(config: Config, device: torch.device) -> Path:
     _check_splits(index, config)
     previous = _previous_run(config)
     torch.manual_seed(config.seed)
-    system = build_system(config)
-    if config.train.init_from and not previous:
-        checkpoint.load_weights(system, config.train.init_from)
+    init_from = None if previous else config.train.init_from
+    system = build_system(config, load_pretrained=init_from is None)
+    if init_from:
+        checkpoint.load_weights(system, init_from)
     engine = Engine(system, config, device)
     done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
     if world.is_main():
@@ -126,7 +128,7 @@ class _Watched:
             codes = self._engine.latents(clip)
             if codes is not None and codes.posterior:
                 self.monitor = self.monitor or CollapseMonitor()
-                counted_BT = clip.valid_BT & (torch.as_tensor(positions)[:, None] != PADDING)
+                counted_BT = clip.valid_BT & (torch.as_tensor(positions)[:, None] != PADDING) & with_mask(clip)
                 self.monitor.update(codes, counted_BT)
             yield clip, positions
 

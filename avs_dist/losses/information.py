@@ -11,7 +11,8 @@ def barber_agakov(target: Tensor, predicted: Gaussian, entropy: float | Tensor =
     """log q(target | source) + H(target), [...]; its mean is a lower bound of I(target; source) (ECMVAE, eq. 11).
 
     The log-variance is part of the density: without it the bound would not hold. ECMVAE takes the entropy for a
-    constant, which has no influence on the training.
+    constant. Then the value is no bound any more where the target is trained too: it grows without end as the target
+    shrinks (`loss.latent.standardise` takes that way out).
 
     Args:
         target: [...,L].

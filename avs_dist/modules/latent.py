@@ -71,7 +71,7 @@ class GaussianHead(nn.Module):
         self.log_var = nn.Linear(in_features, dim)
 
     def forward(self, features_ND: Tensor) -> Gaussian:
-        return _clamped(self.mean(features_ND), self.log_var(features_ND))
+        return _bounded(self.mean(features_ND), self.log_var(features_ND))
 
 
 class VisualEncoder(nn.Module):
@@ -176,7 +176,7 @@ class InformationHead(nn.Module):
     def forward(self, code_NL: Tensor) -> Gaussian:
         """[N,L], in any precision -> Gaussian [N,L] of the other code, in float32 or better."""
         code_NL = _as_weights(code_NL, self.mean)
-        return _clamped(self.mean(code_NL), self.log_var(code_NL))
+        return _bounded(self.mean(code_NL), self.log_var(code_NL))
 
 
 class PublishedInformationHead(nn.Module):
@@ -200,8 +200,11 @@ class PublishedInformationHead(nn.Module):
         return Gaussian(mean, log_var), _at_least_float32(self.target(target_NL))
 
 
-def _clamped(mean: Tensor, log_var: Tensor) -> Gaussian:
-    return Gaussian(_at_least_float32(mean), _at_least_float32(log_var).clamp(-MAX_LOG_VAR, MAX_LOG_VAR))
+def _bounded(mean: Tensor, log_var: Tensor) -> Gaussian:
+    """x / sqrt(1 + (x / bound)^2): as it is while small; far beyond the bound there still is a gradient, so that nothing
+    is caught there."""
+    log_var = _at_least_float32(log_var)
+    return Gaussian(_at_least_float32(mean), log_var * torch.rsqrt(1.0 + (log_var / MAX_LOG_VAR).square()))
 
 
 def _at_least_float32(value: Tensor) -> Tensor:

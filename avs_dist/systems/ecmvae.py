@@ -142,7 +142,8 @@ class ECMVAESystem(System):
         return terms
 
     def predict(self, clip: Clip, generator: torch.Generator | None = None) -> Prediction:
-        """Mean and variance of the probability over `num_samples` draws from the prior, in eval mode.
+        """Mean and variance of the probability over `num_samples` draws from the prior, in eval mode (one draw has no
+        variance).
 
         Args:
             generator: draws the seed of the codes; without it the seed of the config is used, so that the same clip
@@ -168,7 +169,8 @@ class ECMVAESystem(System):
                 delta = probability - mean
                 mean += delta / count
                 squares += delta * (probability - mean)
-            return Prediction(mean.logit(LOGIT_EPS), squares / self.num_samples)
+            variance = squares / self.num_samples if self.num_samples > 1 else None
+            return Prediction(mean.logit(LOGIT_EPS), variance)
 
     def latents(self, clip: Clip) -> LatentCodes:
         """Distributions of the codes, prior and (of a VAE) posterior, in eval mode without gradient."""

@@ -17,7 +17,7 @@ from avs_dist.losses.information import barber_agakov
 from avs_dist.losses.segmentation import SEGMENTATION
 from avs_dist.modules.latent import InformationHead, PublishedInformationHead
 from avs_dist.modules.latent_space import Distribution
-from avs_dist.systems.matching import labelled
+from avs_dist.systems.matching import labelled, with_mask
 from avs_dist.systems.trunk import Existing
 from avs_dist.world import all_reduce_sum, global_mean
 
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         if posterior is not None:
             terms["posterior"] = share * self._reconstruction(clip, posterior)
             terms |= {
-                name: share * self.weights.beta * _frame_mean(loss_N)
+                name: share * self.weights.beta * _frame_mean(loss_N, exist.select(with_mask(clip)))
                 for name, loss_N in self._divergences(prior, posterior, exist, draws).items()
             }
         if "c" in prior.codes:
@@ -69,14 +69,17 @@ class Objective(nn.Module):
                 parts = [share * self._orthogonality(path, clip, exist) for share, path in paths]
                 terms["orthogonality"] = self.weights.orthogonality * torch.stack(parts).sum()
             if self.head is not None:
-                parts = [share * _frame_mean(-self._information(path)) for share, path in paths]
+                every_N = exist.select(clip.valid_BT)
+                parts = [share * _frame_mean(-self._information(path), every_N) for share, path in paths]
                 terms["information"] = self.weights.information * torch.stack(parts).sum()
         return terms
 
     def _shared_paths(self, prior: Painted, posterior: Painted | None) -> list[tuple[float, Painted]]:
-        """Eq. 12: posterior and prior codes with their shares alpha_2."""
+        """Eq. 12: posterior and prior codes with their shares alpha_2; the public code sums them."""
         if posterior is None:
             return [(1.0, prior)]
+        if self.published:
+            return [(1.0, posterior), (1.0, prior)]
         share = self.weights.information_posterior_share
         return [(share, posterior), (1.0 - share, prior)]
 
@@ -168,6 +171,6 @@ def _gaussian(distribution: Distribution) -> Gaussian:
     return distribution
 
 
-def _frame_mean(loss_N: Tensor) -> Tensor:
-    """This rank's share of the mean over the existing frames of all ranks."""
-    return global_mean(loss_N.sum(), loss_N.new_tensor(float(len(loss_N))))
+def _frame_mean(loss_N: Tensor, counted_N: Tensor) -> Tensor:
+    """This rank's share of the mean over the counted frames of all ranks."""
+    return global_mean((loss_N * counted_N).sum(), counted_N.sum().to(loss_N.dtype))

@@ -48,6 +48,11 @@ def labelled(clip: Clip) -> Tensor:
     return clip.labelled_BT & clip.valid_BT
 
 
+def with_mask(clip: Clip) -> Tensor:
+    """Frames of clips that have a mask, bool [B,T]: of the others there is no posterior."""
+    return labelled(clip).any(1, keepdim=True).expand_as(clip.valid_BT)
+
+
 def check_matching(config: Config) -> None:
     """Raises ValueError where the AVM loss is asked for at a stage without audio."""
     model, loss = config.model, config.loss
