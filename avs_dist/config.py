@@ -187,8 +187,8 @@ class LatentLossConfig:
         orthogonality: Weight of L_diff (lambda_1, eq. 9).
         information: Weight of L_sic (lambda_2, eq. 12).
         information_posterior_share: Share of the posterior codes in L_sic and L_diff (alpha_2).
-        standardise: Give the codes zero mean and unit variance over the global batch before L_diff and L_sic (ours);
-            as printed, both reward codes that shrink to nothing.
+        standardise: Take L_diff and L_sic of codes with zero mean and unit variance over the global batch, L_diff as
+            their squared correlations (ours); as printed, both reward codes that shrink to nothing.
     """
 
     divergence: Literal["js", "js_geometric", "kl"] = "js"

@@ -45,7 +45,10 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--batch", type=int, default=4, help="clips at a time on each rank; does not change the result")
     parser.add_argument(
-        "--samples", type=int | None, default=None, help="draws that a mask averages (default: model.latent.samples)"
+        "--samples",
+        type=int | None,
+        default=None,
+        help="draws that a mask averages, 1: no uncertainty (default: model.latent.samples)",
     )
     parser.add_argument("--json", type=str | None, default=None, help="also write the results to this file")
     return parser

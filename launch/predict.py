@@ -31,7 +31,10 @@ def build_parser() -> Parser:
         "--device", type=str, default="auto", help='"auto" (a GPU if there is one), "cpu", "cuda:1" ...'
     )
     parser.add_argument(
-        "--samples", type=int | None, default=None, help="draws that a mask averages (default: model.latent.samples)"
+        "--samples",
+        type=int | None,
+        default=None,
+        help="draws that a mask averages, 1: no uncertainty (default: model.latent.samples)",
     )
     return parser
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from scipy.integrate import dblquad, quad
@@ -311,3 +313,36 @@ def test_frames_that_do_not_exist_have_no_part_in_orthogonality():
 def test_orthogonality_needs_two_codes():
     with pytest.raises(ValueError, match="at least 2, got 1"):
         latent.orthogonality([torch.zeros(1, 1, 1)], torch.ones(1, 1, dtype=torch.bool))
+
+
+def test_correlation_is_that_of_numpy_whatever_the_scale():
+    codes = [torch.randn(30, 3, dtype=torch.float64) @ torch.randn(3, 3, dtype=torch.float64) + 2.0 for _ in range(3)]
+    codes[2] = codes[2] + codes[0]
+    want = 0.0
+    for a, b in itertools.combinations(codes, 2):
+        want += (np.corrcoef(a.numpy(), b.numpy(), rowvar=False)[:3, 3:] ** 2).sum()
+
+    def loss(*values: torch.Tensor) -> torch.Tensor:
+        return latent.correlation([latent.standardised(v, one_rank) for v in values], one_rank)
+
+    assert loss(*codes).item() == pytest.approx(want, rel=1e-4)
+    assert loss(*(0.05 * code - 1.0 for code in codes)).item() == pytest.approx(want, rel=1e-2)
+    assert torch.autograd.gradcheck(loss, leaves(*codes))
+
+
+def test_correlation_of_parts_of_the_batch_is_that_of_the_whole():
+    """Ranks as parts whose sums are put together: here one after the other, with the sums of the whole."""
+    codes = [torch.randn(12, 4, dtype=torch.float64) for _ in range(3)]
+    whole = latent.correlation([latent.standardised(code, one_rank) for code in codes], one_rank)
+    first = [latent.standardised(code, one_rank)[:5] for code in codes]
+    rest = [latent.standardised(code, one_rank)[5:] for code in codes]
+
+    def sums(pairs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.tensor(float(len(pairs[0])))] + [a.T @ b for a, b in itertools.combinations(pairs, 2)]
+
+    others = iter([sums(rest)[0], torch.stack(sums(rest)[1:])])
+    assert latent.correlation(first, lambda value: value + next(others)).item() == pytest.approx(whole.item())
+
+
+def one_rank(value: torch.Tensor) -> torch.Tensor:
+    return value

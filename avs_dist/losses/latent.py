@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from avs_dist.gaussian import Gaussian, Mixture, product
+
+VARIANCE_EPS = 1e-6  # a dead dimension stays dead
 
 
 def kl_per_dimension(q: Gaussian, p: Gaussian) -> Tensor:
@@ -93,6 +95,28 @@ def orthogonality(codes: Sequence[Tensor], valid_BT: Tensor) -> Tensor:
     present = [code_BTL.masked_fill(~valid_BT[..., None], 0.0) for code_BTL in codes]
     products = [a_BTL.mT @ b_BTL for a_BTL, b_BTL in itertools.combinations(present, 2)]
     return torch.stack(products).square().sum((0, 2, 3))
+
+
+def standardised(code_NL: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """The code with zero mean and unit variance over the N frames of all ranks (ours).
+
+    Args:
+        reduce: sums a tensor over all ranks, with gradient; on one rank the identity.
+    """
+    frames = reduce(code_NL.new_tensor(float(len(code_NL)))).clamp_min(1.0)
+    centred_NL = code_NL - reduce(code_NL.sum(0)) / frames
+    variance_L = reduce(centred_NL.square().sum(0)) / frames
+    return centred_NL * torch.rsqrt(variance_L + VARIANCE_EPS)
+
+
+def correlation(codes: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over the pairs of standardised codes [N,L] of their squared correlations; a scalar, the same on every rank.
+
+    Ours, in the place of eq. 9: that has its minimum where all codes are zero, this one where they are uncorrelated.
+    """
+    frames = reduce(codes[0].new_tensor(float(len(codes[0])))).clamp_min(1.0)
+    products = reduce(torch.stack([a_NL.mT @ b_NL for a_NL, b_NL in itertools.combinations(codes, 2)]))
+    return (products / frames).square().sum()
 
 
 def _distinguishability(q: Gaussian | Mixture, p: Gaussian | Mixture, value: Tensor) -> Tensor:

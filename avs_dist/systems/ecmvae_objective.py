@@ -22,7 +22,6 @@ from avs_dist.systems.trunk import Existing
 from avs_dist.world import all_reduce_sum, global_mean
 
 SPECIFIC = ("s_v", "s_a")
-VARIANCE_EPS = 1e-6  # a dead dimension stays dead
 
 
 class Painted(NamedTuple):
@@ -136,8 +135,10 @@ class Objective(nn.Module):
         return exist.select(choice_BTS).transpose(0, 1)
 
     def _orthogonality(self, path: Painted, clip: Clip, exist: Existing) -> Tensor:
-        """Eq. 9, a mean over clips."""
+        """Eq. 9, a mean over clips; or the correlations of standardised codes."""
         codes = [self._scaled(path.codes[name]) for name in ("c", *SPECIFIC)]
+        if self.weights.standardise:
+            return latent.correlation(codes, all_reduce_sum)
         shared_BTL, *specific = map(exist.restore, codes)
         if self.published:
             return ecmvae_code.difference(shared_BTL, specific, clip.valid_BT, all_reduce_sum)
@@ -155,15 +156,12 @@ class Objective(nn.Module):
         return barber_agakov(audio_NL.to(predicted.mean.dtype), predicted)
 
     def _scaled(self, code_NL: Tensor) -> Tensor:
-        """The code as it is (paper), or standardised over the frames of all ranks. Information does not change with an
-        invertible map of the codes; the terms that stand for it, with a constant entropy, do."""
+        """The code as it is (paper), or standardised. Information does not change with an invertible map of the codes;
+        what stands for it, with a constant entropy, does."""
         if not self.weights.standardise:
             return code_NL
-        code_NL = code_NL.to(torch.promote_types(code_NL.dtype, torch.float32))
-        frames = all_reduce_sum(code_NL.new_tensor(float(len(code_NL)))).clamp_min(1.0)
-        centred_NL = code_NL - all_reduce_sum(code_NL.sum(0)) / frames
-        variance_L = all_reduce_sum(centred_NL.square().sum(0)) / frames
-        return centred_NL * torch.rsqrt(variance_L + VARIANCE_EPS)
+        precise_NL = code_NL.to(torch.promote_types(code_NL.dtype, torch.float32))
+        return latent.standardised(precise_NL, all_reduce_sum)
 
 
 def _gaussian(distribution: Distribution) -> Gaussian:
