@@ -201,8 +201,8 @@ class PublishedInformationHead(nn.Module):
 
 
 def _bounded(mean: Tensor, log_var: Tensor) -> Gaussian:
-    """x / sqrt(1 + (x / bound)^2): x while it is small; far beyond the bound there still is a gradient, so that nothing is
-    caught there."""
+    """x / sqrt(1 + (x / bound)^2), which is x while it is small; beyond the bound there still is a gradient, so that
+    nothing is caught there."""
     log_var = _at_least_float32(log_var)
     return Gaussian(_at_least_float32(mean), log_var * torch.rsqrt(1.0 + (log_var / MAX_LOG_VAR).square()))
 
