@@ -43,7 +43,7 @@ class Objective(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.loss, self.model = config.loss, config.model
+        self.loss = config.loss
         self.published = config.model.compat == "published_code"
         self.weights = config.loss.latent
         self.head: InformationHead | PublishedInformationHead | None = None
