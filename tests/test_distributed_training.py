@@ -83,4 +83,4 @@ def test_ecmvae_trains_on_two_ranks_as_on_one(ms3_shards: Path, tmp_path: Path) 
     codes = [_records(tmp_path / run, "codes") for run in ("one", "two")]
     assert len(codes[0]) == 2
     for of_one, of_two in zip(*codes, strict=True):
-        assert of_two == pytest.approx(of_one, rel=1e-3)
+        assert of_two == pytest.approx(of_one, rel=1e-3, abs=1e-5)  # nats; a collapsed dimension is all rounding
