@@ -96,10 +96,21 @@ class DecoderConfig:
     """From the four stages to mask logits.
 
     Args:
-        kind: "bilinear" (TPAVI paper) or "nearest" (public ECMVAE code: batch normalisation, nearest enlargement).
+        kind: "bilinear" (TPAVI paper), "nearest" (public ECMVAE code: batch normalisation, nearest enlargement) or
+            "transformer" (AVSegFormer: queries that hear the sound attend to the picture).
+        queries: Queries of the transformer (AVSegFormer: 300).
+        layers: Layers of its encoder, and of its decoder (AVSegFormer: 6).
+        heads: Attention heads of each of them (AVSegFormer: 8).
     """
 
-    kind: Literal["bilinear", "nearest"] = "bilinear"
+    kind: Literal["bilinear", "nearest", "transformer"] = "bilinear"
+    queries: int = 300
+    layers: int = 6
+    heads: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "layers", "heads"):
+            _at_least(f"model.decoder.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -155,22 +166,77 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """Latent diffusion (contrastive latent diffusion AVS); the names in brackets are those of the paper.
+
+    Args:
+        dim: Numbers in a latent code, D (paper: 24).
+        per: A code for each "frame", or one for the whole "clip" (the paper does not say).
+        condition: What the denoiser is told (Table IV).
+        hidden: Width between the two fully connected layers of each encoder.
+        widths: Outputs of all layers of the denoiser but the last; the paper has eight layers, no widths.
+        skips: Links from the encoder half of the denoiser to its decoder half.
+        prediction: What the denoiser predicts: the noise ("eps", paper), the velocity ("v") or the code ("x0").
+        schedule: Of the noise: "cosine" (paper) or "linear".
+        train_steps: Noise levels, K (paper: 20; 50 in its Fig. 5).
+        steps: DDIM steps of a prediction (paper: 10).
+        spacing: Which of the K levels the steps visit: "trailing" starts at pure noise for any number of steps,
+            "leading" is the default of diffusers.
+        eta: Noise added in sampling: 0 = DDIM, 1 = DDPM.
+        clip: Bound of the estimated code, or none.
+        normalise: Zero mean and unit variance of the codes over the global batch, against drift of their scale (ours).
+        sampled_share: Share of the training clips whose masks are painted from a code sampled as in a prediction,
+            without the true mask (ours; paper: 0).
+        samples: Draws that a prediction averages; with one there is no uncertainty.
+    """
+
+    dim: int = 24
+    per: Literal["frame", "clip"] = "frame"
+    condition: Literal["audio_visual", "audio", "visual", "none"] = "audio_visual"
+    hidden: int = 256
+    widths: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
+    skips: bool = False
+    prediction: Literal["eps", "v", "x0"] = "eps"
+    schedule: Literal["cosine", "linear"] = "cosine"
+    train_steps: int = 20
+    steps: int = 10
+    spacing: Literal["trailing", "leading"] = "trailing"
+    eta: float = 0.0
+    clip: float | None = None
+    normalise: bool = False
+    sampled_share: float = 0.0
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden", "train_steps", "steps", "samples"):
+            _at_least(f"model.diffusion.{name}", getattr(self, name), 1)
+        for name in ("eta", "sampled_share"):
+            _share(f"model.diffusion.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network.
 
     Args:
         system: Which published system to build.
         compat: "paper", or "published_code" to reproduce where the public code departs from it.
+        num_classes: 1 = sounding or silent (S4, MS3); AVSS: 71 classes, the first is the background.
     """
 
-    system: Literal["tpavi", "ecmvae"] = "tpavi"
+    system: Literal["tpavi", "ecmvae", "diffusion"] = "tpavi"
     compat: Literal["paper", "published_code"] = "paper"
+    num_classes: int = 1
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     audio: AudioConfig = field(default_factory=AudioConfig)
     neck: NeckConfig = field(default_factory=NeckConfig)
     tpavi: TPAVIConfig = field(default_factory=TPAVIConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("model.num_classes", self.num_classes, 1)
 
 
 @dataclass(frozen=True)
@@ -209,23 +275,56 @@ class LatentLossConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionLossConfig:
+    """What latent diffusion asks of its codes; the names in brackets are those of the paper.
+
+    Args:
+        denoising: Weight of L_diffusion (lambda_1, eq. 8 and 12).
+        contrastive: Weight of L_contrastive (lambda_2, eq. 11 and 12); 0 = without (Table V).
+        temperature: Of the contrastive loss (tau).
+        trains: What the contrastive loss trains: the "condition" encoder alone (first version of the paper, eq. 10),
+            or "both" encoders (second version).
+        symmetric: Also tell the condition of a code among all, not only the code of a condition (ours).
+    """
+
+    denoising: float = 1.0
+    contrastive: float = 0.1
+    temperature: float = 1.0
+    trains: Literal["condition", "both"] = "both"
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("denoising", "contrastive"):
+            _at_least(f"loss.diffusion.{name}", getattr(self, name), 0)
+        if self.temperature <= 0:
+            raise ValueError(f"loss.diffusion.temperature={self.temperature}: must be positive")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Weights and variants of the losses.
 
     Args:
-        segmentation: "bce" (TPAVI paper) or "structure": BCE weighted near edges plus weighted IoU (ECMVAE paper).
+        segmentation: "bce" (TPAVI paper), "structure": BCE weighted near edges plus weighted IoU (ECMVAE paper),
+            "dice" (AVSegFormer), or, for several classes, "cross_entropy" (AVSS).
+        mix: Weight of the mixing loss of the transformer decoder (AVSegFormer: 0.1).
         avm: Audio-visual matching loss (TPAVI paper eq. 6 and its published variants), or "none".
         avm_weight: Its weight (published: 0.5).
         avm_stages: Stages it is applied to.
         avm_normalise: L2-normalise what the AVM loss compares (flag norm_fea of the public codes).
     """
 
-    segmentation: Literal["bce", "structure"] = "bce"
+    segmentation: Literal["bce", "structure", "dice", "cross_entropy"] = "bce"
+    mix: float = 0.1
     avm: Literal["none", "s4_cosine", "ms3_kl", "ms3_euclidean", "visual_visual", "avss_kl"] = "none"
     avm_weight: float = 0.5
     avm_stages: tuple[int, ...] = (0, 1, 2, 3)
     avm_normalise: bool = False
     latent: LatentLossConfig = field(default_factory=LatentLossConfig)
+    diffusion: DiffusionLossConfig = field(default_factory=DiffusionLossConfig)
+
+    def __post_init__(self) -> None:
+        _at_least("loss.mix", self.mix, 0)
 
 
 @dataclass(frozen=True)

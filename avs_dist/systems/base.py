@@ -19,12 +19,15 @@ from avs_dist.gaussian import Gaussian, Mixture
 class Prediction:
     """Output of a system, at the size of the input frames.
 
-    logits_BTHW:   mask logits (float32); those of the mean probability where several masks were drawn.
-    variance_BTHW: variance of the probability over the masks drawn; None where the system draws none.
+    logits_BTHW:        mask logits (float32); those of the mean probability where several masks were drawn.
+                        With several classes: log odds that the pixel is not background.
+    variance_BTHW:      variance of the probability over the masks drawn; None where the system draws none.
+    class_logits_BTKHW: logits of K classes, the first is the background; None where there is only sounding or silent.
     """
 
     logits_BTHW: Tensor
     variance_BTHW: Tensor | None = None
+    class_logits_BTKHW: Tensor | None = None
 
     @property
     def probabilities_BTHW(self) -> Tensor:
