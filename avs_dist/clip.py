@@ -21,7 +21,7 @@ class Clip:
 
     frames_BTCHW: float, ImageNet-normalised.
     mel_BTFM:     float [B,T,96,64], VGGish log-mel example of each second.
-    masks_BTHW:   uint8 {0,1}, or int64 class indices; zero where not labelled.
+    masks_BTHW:   uint8, 1 where it sounds, or class indices (AVSS); zero where not labelled.
     labelled_BT:  bool, which frames carry a mask.
     valid_BT:     bool, which frames exist (clips of different length share a batch; padding is zero).
     key:          clip names.

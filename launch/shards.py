@@ -23,11 +23,14 @@ BUILD_HELP = """Turn raw clips into shards.
 Sources:
   avsbench-s4    the folder Single-source/ of AVSBench (or the folder that holds it)
   avsbench-ms3   the folder Multi-sources/ of AVSBench (or the folder that holds it)
+  avss           the folder avs_released/ of AVSBench-semantic (or the folder that holds it)
   videos         every media file below --root, cut into windows of --clip-s seconds, without masks, split "test"
 
 For AVSBench the official visual_frames are used where they are there; else one frame a second is decoded from
 raw_videos by the published rule. A clip that cannot be decoded, or hangs the decoder, is skipped and listed with its
-reason in index.json. The build can be killed at any time: the same command goes on where it stopped.
+reason in index.json. Pictures of avss are squashed to --size in val and test and cropped to the middle square in train,
+as published; its masks tell the classes by colour. The build can be killed at any time: the same command goes on where
+it stopped.
 """
 
 
@@ -57,19 +60,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _build_parser() -> Parser:
     parser = Parser(description=BUILD_HELP)
-    kind = Literal["avsbench-s4", "avsbench-ms3", "videos"]
+    kind = Literal["avsbench-s4", "avsbench-ms3", "avss", "videos"]
     add = parser.add_argument
     add("--source", type=kind, required=True, help="layout of the raw clips, see above")
     add("--root", type=Path, required=True, help="folder of the raw clips")
     add("--out", type=Path, required=True, help="folder of the shards; a build that was interrupted goes on")
-    add("--size", type=int, default=224, help="frames and masks are resized to size x size, aspect not kept")
+    add("--size", type=int, default=224, help="side of frames and masks; aspect not kept, but in train of avss")
     add("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
     add("--shard-mb", type=float, default=128.0, help="a shard ends when it has reached this size in MB")
     add("--max-skipped", type=float, default=0.01, help="the build fails when a larger fraction of clips is unusable")
     add("--deadline-s", type=float, default=60.0, help="longest time for decoding one clip")
     add("--frames", type=Literal["png", "jpeg"], default="png", help="png is lossless; jpeg (quality 95) is smaller")
     add("--decode-video", action="store_true", help="AVSBench: decode raw_videos although visual_frames are there")
-    add("--clip-s", type=int, default=5, help="longest clip in seconds")
+    add("--clip-s", type=int | None, help="longest clip in seconds (default: 10 for avss, else 5)")
     return parser
 
 

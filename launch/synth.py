@@ -1,7 +1,8 @@
-"""Make a synthetic audio-visual segmentation benchmark: real mp4, wav and png files in the AVSBench folder layout.
+"""Make a synthetic audio-visual segmentation benchmark: real media files in the AVSBench or AVSS folder layout.
 
 Each clip shows two or three moving objects of different classes; every class has its own shape, texture and timbre.
 Only what sounds is in the mask. s4: one object sounds all the time. ms3: sounds switch on and off each second.
+avss: masks tell the classes apart; clips of 5 s with one source, of 5 s and of 10 s with switching ones.
 
 Example: avs-dist synth --out data --setting ms3 --clips 400 --seed 0 --size 128
 """
@@ -19,9 +20,12 @@ from avs_dist.shards.synthetic import write_benchmark
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="avs-dist synth", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="Folder; the data go to Single-source or Multi-sources")
+    parser.add_argument("--out", type=Path, required=True, help="Folder; the data go to a folder named as published")
     parser.add_argument(
-        "--setting", type=Literal["s4", "ms3"], required=True, help="One source throughout, or several switching ones"
+        "--setting",
+        type=Literal["s4", "ms3", "avss"],
+        required=True,
+        help="One source, switching ones, a mix with classes",
     )
     parser.add_argument("--clips", type=int, required=True, help="Number of clips, 80/10/10 percent train/val/test")
     parser.add_argument("--seed", type=int, default=0, help="Same seed and size, same clips, whatever their number")

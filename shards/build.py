@@ -26,7 +26,7 @@ from avs_dist.shards.make import make_sample
 from avs_dist.shards.members import FRAME_FORMATS, encode_clip
 from avs_dist.shards.pool import DecodePool
 from avs_dist.shards.schema import INDEX_FILE, SCHEMA_VERSION, Sample
-from avs_dist.shards.sources import ClipJob, avsbench, videos
+from avs_dist.shards.sources import ClipJob, avsbench, avss, videos
 from avs_dist.shards.workers import ClipError, MediaWorker, VideoFacts
 from avs_dist.shards.write import ShardWriter
 
@@ -34,9 +34,12 @@ _FRAME_RULE = "one frame a second, the one at 15/16 of it (AVSBench)"
 SOURCE_RULES = {
     "avsbench-s4": f"AVSBench S4 folders; {_FRAME_RULE}; first mask only in train",
     "avsbench-ms3": f"AVSBench MS3 folders; {_FRAME_RULE}; all masks",
+    "avss": "AVSBench-semantic folders; published frames, squashed in val and test, cropped to the middle in train; "
+    "classes by colour; first mask only in train of v1s",
     "videos": f"consecutive windows of media files; {_FRAME_RULE}; no masks; split test",
 }
 SOURCES = tuple(SOURCE_RULES)
+_LONGEST_S = {"avss": 10}
 _RECORDS = ".build"
 
 
@@ -54,7 +57,7 @@ class BuildConfig:
     deadline_s: float = 60.0
     frames: str = "png"
     decode_video: bool = False
-    clip_s: int = 5
+    clip_s: int | None = None
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -63,10 +66,15 @@ class BuildConfig:
             raise ValueError(f"unknown frame format '{self.frames}'; known: {', '.join(FRAME_FORMATS)}")
         if not self.root.is_dir():
             raise FileNotFoundError(f"--root {self.root} is not a folder")
-        if self.size < 1 or self.clip_s < 1 or self.shard_mb <= 0 or self.deadline_s <= 0:
+        if self.size < 1 or self.longest_s < 1 or self.shard_mb <= 0 or self.deadline_s <= 0:
             raise ValueError("--size, --clip-s, --shard-mb and --deadline-s must be positive")
         if not 0.0 <= self.max_skipped <= 1.0:
             raise ValueError(f"--max-skipped is a fraction from 0 to 1, got {self.max_skipped:g}")
+
+    @property
+    def longest_s(self) -> int:
+        """Longest clip in seconds: `clip_s`, or what suits the source."""
+        return _LONGEST_S.get(self.source, 5) if self.clip_s is None else self.clip_s
 
 
 def build(config: BuildConfig, progress: bool = True) -> ShardIndex:
@@ -98,9 +106,11 @@ def build(config: BuildConfig, progress: bool = True) -> ShardIndex:
 def list_jobs(config: BuildConfig, pool: DecodePool) -> list[ClipJob]:
     """The clips of the source in the order of the shards."""
     if config.source == "videos":
-        return videos.list_clips(config.root, config.clip_s, lambda paths: list(pool.map(_probe, paths)))
+        return videos.list_clips(config.root, config.longest_s, lambda paths: list(pool.map(_probe, paths)))
+    if config.source == "avss":
+        return avss.list_clips(config.root, config.longest_s)
     layout = avsbench.S4 if config.source == "avsbench-s4" else avsbench.MS3
-    return avsbench.list_clips(layout, config.root, config.clip_s, config.decode_video)
+    return avsbench.list_clips(layout, config.root, config.longest_s, config.decode_video)
 
 
 def _probe(path: Path, worker: MediaWorker) -> VideoFacts | str:
@@ -223,6 +233,7 @@ def _settings(config: BuildConfig, jobs: Sequence[ClipJob]) -> dict[str, Any]:
     listing = "\n".join(
         f"{j.split}\t{j.name}\t{j.start_s}\t{_relative(j.path, config.root)}\t{_size(j.path)}" for j in jobs
     )
+    classes = {"classes": list(avss.read_classes(config.root))} if config.source == "avss" else {}
     return {
         "schema_version": SCHEMA_VERSION,
         "source": config.source,
@@ -230,10 +241,11 @@ def _settings(config: BuildConfig, jobs: Sequence[ClipJob]) -> dict[str, Any]:
         "image_size": config.size,
         "frame_format": config.frames,
         "decode_video": config.decode_video,
-        "clip_seconds": config.clip_s,
+        "clip_seconds": config.longest_s,
         "shard_mb": config.shard_mb,
         "clips": len(jobs),
         "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+        **classes,
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from avs_dist.shards.files import write_text
+from avs_dist.shards.palette import MAX_CLASSES
 from avs_dist.shards.schema import INDEX_FILE, MAX_CLIP_BYTES, SCHEMA_VERSION
 
 
@@ -57,7 +58,7 @@ class ShardEntry:
 class ShardIndex:
     """A finished folder of shards.
 
-    settings: how it was built (source, image size, frame format, clip length ...).
+    settings: how it was built (source, image size, frame format, clip length, names of the classes ...).
     skipped:  clips that could not be used: name, split, path, reason.
     """
 
@@ -88,11 +89,17 @@ class ShardIndex:
                     f"schema version {version}, this program reads version {SCHEMA_VERSION}: build the shards again"
                 )
             shards = tuple(ShardEntry.from_dict(shard) for shard in data["shards"])
+            _check_classes(data["settings"])
             return ShardIndex(path.parent, data["settings"], shards, tuple(data["skipped"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Name of each class, the background first; None where masks only tell sounding from silent."""
+        return tuple(self.settings["classes"]) if "classes" in self.settings else None
 
     @property
     def image_size(self) -> int:
@@ -132,6 +139,14 @@ class ShardIndex:
                 "skipped": list(self.skipped),
             },
         )
+
+
+def _check_classes(settings: dict[str, Any]) -> None:
+    """Several names, each once, where the settings name classes at all."""
+    names = settings.get("classes", ["background", "object"])
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed or not 2 <= len(set(names)) == len(names) <= MAX_CLASSES:
+        raise ValueError(f"settings.classes must list 2 to {MAX_CLASSES} different names, got {names!r:.200}")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from avs_dist.shards.audio import clip_log_mel, sound_flag
-from avs_dist.shards.images import read_binary_mask, read_frame
+from avs_dist.shards.images import read_binary_mask, read_class_mask, read_frame
 from avs_dist.shards.schema import Sample
 from avs_dist.shards.sources import ClipJob
 from avs_dist.shards.workers import ClipError, MediaWorker
@@ -27,29 +26,35 @@ def make_sample(job: ClipJob, worker: MediaWorker, size: int) -> Sample:
     media = worker.decode(job.video, job.sound, job.start_s, wanted, size)
     meta: dict[str, Any] = {**job.meta, "start_s": job.start_s, "decoder": media.decoder or "png"}
     if job.frames:
-        pictures = [read_frame(path, size) for path in job.frames]
+        pictures = [read_frame(path, size, job.fit) for path in job.frames]
         frames_THWC = np.stack([pixels for pixels, _ in pictures])
-        meta |= {"fps": None, "width": pictures[0][1][0], "height": pictures[0][1][1]}
+        originals = [original for _, original in pictures]
+        meta |= {"fps": None, "width": originals[0][0], "height": originals[0][1]}
     else:
         assert media.frames_THWC is not None
         assert media.video is not None
         frames_THWC = media.frames_THWC
+        originals = [(media.video.width, media.video.height)] * len(frames_THWC)
         meta |= {"fps": media.video.fps, "width": media.video.width, "height": media.video.height}
     seconds = len(frames_THWC)
-    masks_THW, labelled_T = _read_masks(job, seconds, size)
+    masks_THW, labelled_T = _read_masks(job, originals, size)
     waveform_S = media.waveform_S if media.waveform_S is not None else np.zeros(0, dtype=np.float32)
     mel_TFM = clip_log_mel(waveform_S, media.sample_rate_hz or 16_000, seconds).numpy()
     meta |= {"sound": sound_flag(media.waveform_S), "sample_rate_hz": media.sample_rate_hz}
     return Sample(job.name, frames_THWC, mel_TFM, masks_THW, labelled_T, meta)
 
 
-def _read_masks(job: ClipJob, seconds: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    count = {"none": 0, "first": min(1, seconds), "all": seconds}[job.labels]
-    paths = [Path(f"{job.mask_prefix}_{t + 1}.png") for t in range(count)]
+def _read_masks(job: ClipJob, originals: list[tuple[int, int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Masks of the seconds, uint8 [T,size,size], and which seconds have one; `originals`: (width, height) of frames."""
+    seconds = len(originals)
+    paths = job.masks[:seconds]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise ClipError(f"missing mask files in {paths[0].parent}: {', '.join(missing)}")
     masks_THW = np.zeros((seconds, size, size), dtype=np.uint8)
     for t, path in enumerate(paths):
-        masks_THW[t] = read_binary_mask(path, size)
-    return masks_THW, np.arange(seconds) < count
+        if job.num_classes > 1:
+            masks_THW[t] = read_class_mask(path, size, job.fit, originals[t], job.num_classes)
+        else:
+            masks_THW[t] = read_binary_mask(path, size)
+    return masks_THW, np.arange(seconds) < len(paths)

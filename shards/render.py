@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from avs_dist.shards.scene import FPS, LABELLED_FRAMES, NUM_FRAMES, Item, Scene
+from avs_dist.shards.scene import CLASSES, FPS, Item, Scene
 
 BACKGROUND = -1
 SHAPE_REACH = 1.45  # no shape ends farther out than this many radii
-BACKGROUND_REACH = 1.7  # side of the background canvas: the picture drifts over it for the whole clip
+# the background canvas is larger than the picture, which drifts over it, by this part of its side for 5 seconds
+BACKGROUND_REACH = 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +27,15 @@ class Rendered:
 
     def masks_THW(self, scene: Scene) -> np.ndarray:
         """bool, the visible part of what sounds in each second."""
-        sounding = [[i for i, item in enumerate(scene.items) if item.on_T[t]] for t in range(len(self.owner_THW))]
-        return np.stack([np.isin(owner_HW, on) for owner_HW, on in zip(self.owner_THW, sounding, strict=True)])
+        return self.classes_THW(scene) > 0
+
+    def classes_THW(self, scene: Scene) -> np.ndarray:
+        """uint8, the class of what sounds at each pixel: its place in CLASSES, from 1; 0 where nothing sounds."""
+        masks = np.zeros(self.owner_THW.shape, dtype=np.uint8)
+        for number, item in enumerate(scene.items):
+            for t in np.flatnonzero(item.on_T):
+                masks[t][self.owner_THW[t] == number] = 1 + CLASSES.index(item.kind)
+        return masks
 
 
 def render_scene(scene: Scene, size: int) -> Rendered:
@@ -35,9 +43,9 @@ def render_scene(scene: Scene, size: int) -> Rendered:
     rng = np.random.default_rng(scene.seed)
     canvas = _background(scene, size, rng)
     grain = rng.normal(0, scene.noise_levels, (size + 64, size + 64, 3)).astype(np.float32)
-    frames = np.empty((NUM_FRAMES, size, size, 3), dtype=np.uint8)
+    frames = np.empty((scene.num_frames, size, size, 3), dtype=np.uint8)
     owners = []
-    for index in range(NUM_FRAMES):
+    for index in range(scene.num_frames):
         time_s = index / float(FPS)
         # one field of grain, seen at another place in each frame: as good as fresh noise, and much faster
         y, x = rng.integers(0, 65, 2)
@@ -46,14 +54,14 @@ def render_scene(scene: Scene, size: int) -> Rendered:
         for number, item in enumerate(scene.items):
             _draw(item, number, time_s, frame_HWC, owner_HW)
         frames[index] = frame_HWC.clip(0, 255)
-        if index in LABELLED_FRAMES:
+        if index in scene.labelled_frames:
             owners.append(owner_HW)
     return Rendered(frames, np.stack(owners))
 
 
 def _background(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
     """Soft random waves between two colours, float32 [canvas, canvas, 3]."""
-    side = int(np.ceil(size * BACKGROUND_REACH))
+    side = int(np.ceil(size * (1 + BACKGROUND_REACH * scene.seconds / 5)))
     along = np.arange(side, dtype=np.float32) / size
     wave_HW = np.zeros((side, side), dtype=np.float32)
     for frequency in rng.uniform(1.0, 9.0, 7):

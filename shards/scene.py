@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
 
 import numpy as np
 
 from avs_dist.shards import timbre
 
 FPS = Fraction(10)  # motion is slow; decoding and rendering 25 fps would only cost time
-SECONDS = 5
-NUM_FRAMES = SECONDS * int(FPS)
-LABELLED_FRAMES = tuple(int(second * FPS + Fraction(15, 16) * FPS) for second in range(SECONDS))  # AVSBench rule
 
 TIMBRES: dict[str, timbre.Timbre] = {
     "disc": timbre.flute,
@@ -69,6 +65,19 @@ class Scene:
     noise_rms: float
 
     @property
+    def seconds(self) -> int:
+        return len(self.items[0].on_T)
+
+    @property
+    def num_frames(self) -> int:
+        return self.seconds * int(FPS)
+
+    @property
+    def labelled_frames(self) -> tuple[int, ...]:
+        """Frame that stands for each second, by the AVSBench rule."""
+        return tuple(int(second * FPS + Fraction(15, 16) * FPS) for second in range(self.seconds))
+
+    @property
     def objects(self) -> tuple[Item, ...]:
         return tuple(item for item in self.items if item.kind in TIMBRES)
 
@@ -78,14 +87,18 @@ class Scene:
         return timbre.mix(sources, self.noise_rms, self.seed)
 
 
-def plan_scene(setting: Literal["s4", "ms3"], rng: np.random.Generator) -> Scene:
-    """Draw a clip: 2-3 objects of different classes and 2-4 small distractors that never sound."""
+def plan_scene(seconds: int, switching: bool, rng: np.random.Generator) -> Scene:
+    """Draw a clip: 2-3 objects of different classes and 2-4 small distractors that never sound.
+
+    Args:
+        switching: Sounds switch on and off each second; false: one object sounds all the time.
+    """
     num_objects = int(rng.integers(2, 4))
     kinds = rng.permutation(len(CLASSES))[:num_objects]
-    on_OT = _single_source(num_objects) if setting == "s4" else _switching_sources(num_objects, rng)
+    on_OT = _switching_sources(num_objects, seconds, rng) if switching else _single_source(num_objects, seconds)
     objects = [_draw_object(CLASSES[kind], on_T, num_objects, rng) for kind, on_T in zip(kinds, on_OT, strict=True)]
-    objects = _spread(objects, rng)
-    blobs = [_draw_blob(rng) for _ in range(int(rng.integers(2, 5)))]
+    objects = _spread(objects, seconds, rng)
+    blobs = [_draw_blob(seconds, rng) for _ in range(int(rng.integers(2, 5)))]
     items = objects + blobs
     return Scene(
         items=tuple(items[i] for i in rng.permutation(len(items))),
@@ -97,18 +110,18 @@ def plan_scene(setting: Literal["s4", "ms3"], rng: np.random.Generator) -> Scene
     )
 
 
-def _single_source(num_objects: int) -> np.ndarray:
-    on_OT = np.zeros((num_objects, SECONDS), dtype=bool)
+def _single_source(num_objects: int, seconds: int) -> np.ndarray:
+    on_OT = np.zeros((num_objects, seconds), dtype=bool)
     on_OT[0] = True
     return on_OT
 
 
-def _switching_sources(num_objects: int, rng: np.random.Generator) -> np.ndarray:
+def _switching_sources(num_objects: int, seconds: int, rng: np.random.Generator) -> np.ndarray:
     """Each second anew: silence, one, two or (rarely) three of the objects; never a silent clip."""
     chances = (0.2, 0.65, 0.15) if num_objects == 2 else (0.2, 0.55, 0.2, 0.05)
-    on_OT = np.zeros((num_objects, SECONDS), dtype=bool)
+    on_OT = np.zeros((num_objects, seconds), dtype=bool)
     while not on_OT.any():
-        for second in range(SECONDS):
+        for second in range(seconds):
             count = rng.choice(num_objects + 1, p=chances)
             on_OT[:, second] = rng.permutation(num_objects) < count
     return on_OT
@@ -132,7 +145,7 @@ def _draw_object(kind: str, on_T: np.ndarray, num_objects: int, rng: np.random.G
     )
 
 
-def _draw_blob(rng: np.random.Generator) -> Item:
+def _draw_blob(seconds: int, rng: np.random.Generator) -> Item:
     grey = rng.uniform(40, 215)
     tint = 25.0 if rng.uniform() < 0.5 else 90.0  # half of them grey, half coloured
     return Item(
@@ -144,13 +157,13 @@ def _draw_blob(rng: np.random.Generator) -> Item:
         spin=rng.uniform(-1, 1),
         phases=rng.uniform(0, 2 * np.pi, 6),
         colours=(grey + rng.uniform(-tint, tint, (2, 3))).clip(0, 255),
-        on_T=np.zeros(SECONDS, dtype=bool),
+        on_T=np.zeros(seconds, dtype=bool),
     )
 
 
-def _spread(objects: list[Item], rng: np.random.Generator) -> list[Item]:
+def _spread(objects: list[Item], seconds: int, rng: np.random.Generator) -> list[Item]:
     """Of 24 draws of start positions the one with the least crowding, so that objects may touch but rarely hide."""
-    times_s = [0.25 * step for step in range(4 * SECONDS)]
+    times_s = [0.25 * step for step in range(4 * seconds)]
     best, best_gap = objects, -np.inf
     for _ in range(24):
         trial = [replace(o, start_xy=rng.uniform(0, 2, 2)) for o in objects]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
+from textwrap import wrap
 
 from tqdm import tqdm
 
@@ -16,7 +17,7 @@ def verify(index: ShardIndex, progress: bool = True) -> list[str]:
     """Problems of the shards, each with shard and, for a clip, offset; empty when all is well.
 
     Checks size and SHA-256 of each shard, that the clips follow each other without a gap, that their keys are unique,
-    and decodes every member of every clip.
+    decodes every member of every clip, and sees that no mask holds more classes than there are.
     """
     problems: list[str] = []
     total = sum(len(shard.clips) for shard in index.shards)
@@ -27,9 +28,10 @@ def verify(index: ShardIndex, progress: bool = True) -> list[str]:
             problems += [f"split {split}: key {key} stands {n} times" for key, n in counts.items() if n > 1]
             first = 0
             reader = ClipReader(index, split)
+            num_classes = len(index.classes or ("silent", "sounding"))
             for shard in shards:
                 problems += _verify_file(index.directory / shard.name, shard)
-                problems += _verify_clips(reader, shard, first, bar)
+                problems += _verify_clips(reader, shard, first, num_classes, bar)
                 first += len(shard.clips)
     return problems
 
@@ -53,7 +55,7 @@ def _verify_file(path: Path, shard: ShardEntry) -> list[str]:
     return problems
 
 
-def _verify_clips(reader: ClipReader, shard: ShardEntry, first: int, bar: tqdm) -> list[str]:
+def _verify_clips(reader: ClipReader, shard: ShardEntry, first: int, num_classes: int, bar: tqdm) -> list[str]:
     problems: list[str] = []
     for i, clip in enumerate(shard.clips):
         bar.update()
@@ -62,16 +64,18 @@ def _verify_clips(reader: ClipReader, shard: ShardEntry, first: int, bar: tqdm) 
         except DamagedClipError as error:
             problems.append(str(error))
             continue
+        where = f"shard {shard.name}, offset {clip.offset}, clip {clip.key}"
         facts = (sample.name, len(sample.frames_THWC), int(sample.labelled_T.sum()), sample.meta.get("sound"))
         if facts != (clip.name, clip.seconds, clip.labelled, clip.sound):
-            problems.append(
-                f"shard {shard.name}, offset {clip.offset}, clip {clip.key}: holds {facts}, the index differs"
-            )
+            problems.append(f"{where}: holds {facts}, the index differs")
+        highest = int(sample.masks_THW.max())
+        if highest >= num_classes:
+            problems.append(f"{where}: a mask holds class {highest}, there are {num_classes} from 0 on")
     return problems
 
 
 def describe(index: ShardIndex) -> str:
-    """A table that a person reads: splits, clips, seconds, sound, labels, sizes, source, skipped clips."""
+    """A table that a person reads: splits, clips, seconds, sound, labels, sizes, source, classes, skipped clips."""
     settings = index.settings
     lines = [
         f"{index.directory}: {settings['source']}, frames {settings['image_size']} x {settings['image_size']} "
@@ -90,6 +94,9 @@ def describe(index: ShardIndex) -> str:
             f"{sum(c.labelled for c in clips):>10}{sound['ok']:>10}{sound['silent']:>8}{sound['none']:>6}"
             f"{sum(s.bytes for s in shards) / 1e6:>10.1f}"
         )
+    if index.classes:
+        named = f"{len(index.classes)} classes, from 0: {', '.join(index.classes)}"
+        lines += ["", *wrap(named, 118, break_long_words=False, break_on_hyphens=False)]
     lines += ["", f"skipped: {len(index.skipped)}"]
     lines += [f"  {clip['split']}/{clip['name']} ({clip['path']}): {clip['reason']}" for clip in index.skipped]
     return "\n".join(lines)

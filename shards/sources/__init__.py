@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from avs_dist.shards.images import Fit
 from avs_dist.shards.workers import VideoFacts
 
 SPLITS = ("train", "val", "test")
@@ -21,8 +22,9 @@ class ClipJob:
     frames:      Extracted frames, one a second; when empty they are decoded from `video`.
     video:       Media file, or None.
     sound:       File with the sound (a wav, or the video itself), or None.
-    mask_prefix: The mask of second t (from 0) is the file `{mask_prefix}_{t + 1}.png`.
-    labels:      Which seconds carry a mask.
+    masks:       Mask of each second from the first on; later ones are unlabelled, those behind the end are ignored.
+    num_classes: Classes that the masks tell by colour; 1: what is not black sounds.
+    fit:         How frames and masks become square.
     start_s:     Start of the clip in the media files.
     seconds:     Length, at most (a video may end earlier).
     meta:        Facts for the shard.
@@ -35,8 +37,9 @@ class ClipJob:
     frames: tuple[Path, ...] = ()
     video: Path | None = None
     sound: Path | None = None
-    mask_prefix: str | None = None
-    labels: str = "none"  # "none" | "first" | "all"
+    masks: tuple[Path, ...] = ()
+    num_classes: int = 1
+    fit: Fit = "sampled"
     start_s: float = 0.0
     seconds: int = 5
     meta: dict[str, str] = field(default_factory=dict)

@@ -137,6 +137,8 @@ def _job(layout: Layout, data: Path, row: Row, clip_s: int, decode_video: bool) 
         problem = problem or f"neither {frames_at} nor a file {row.name}.mp4 in {data / 'raw_videos'} exists"
     elif sound is None:
         problem = problem or f"no {row.name}.wav in {data / 'audio_wav'} and no raw video to take the sound from"
+    # S4 gives the first mask only for training (weak supervision)
+    labelled = 1 if layout is S4 and row.split == "train" else clip_s
     return ClipJob(
         name=row.name,
         split=row.split,
@@ -144,9 +146,7 @@ def _job(layout: Layout, data: Path, row: Row, clip_s: int, decode_video: bool) 
         frames=frames,
         video=None if frames else video,
         sound=sound,
-        mask_prefix=str(masks_at / row.name),
-        # S4 gives the first mask only for training (weak supervision)
-        labels="first" if layout is S4 and row.split == "train" else "all",
+        masks=tuple(masks_at / f"{row.name}_{k}.png" for k in range(1, labelled + 1)),
         seconds=clip_s,
         meta={"category": row.category} if row.category else {},
         problem=problem,

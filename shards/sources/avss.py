@@ -1,0 +1,120 @@
+"""The AVSBench-semantic folder as published (AVSS): `avs_released/`, clips of 5 and 10 s, classes by colour."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from avs_dist.shards.palette import MAX_CLASSES
+from avs_dist.shards.sources import SPLITS, ClipJob
+
+FOLDER = "avs_released"
+METADATA = "metadata.csv"
+CLASS_FILE = "label2idx.json"
+# seconds of a clip of each subset: v1s is S4, v1m is MS3, v2 is new
+SUBSETS = {"v1s": 5, "v1m": 5, "v2": 10}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the metadata; `uid` names the clip's folder, `subset` the folder around it."""
+
+    uid: str
+    subset: str
+    split: str
+    category: str
+
+
+def list_clips(root: Path, clip_s: int) -> list[ClipJob]:
+    """Every clip of the metadata file, train first.
+
+    Args:
+        root: The folder that holds avs_released, or that folder itself.
+        clip_s: Longest clip in seconds; the rest of longer ones is left out.
+
+    Raises:
+        FileNotFoundError: If the metadata or the list of classes is not there.
+        ValueError: If they cannot be understood.
+    """
+    base = _base(root)
+    num_classes = len(read_classes(root))
+    jobs = [_job(base / row.subset / row.uid, row, clip_s, num_classes) for row in read_metadata(base / METADATA)]
+    return sorted(jobs, key=lambda job: SPLITS.index(job.split))
+
+
+def read_classes(root: Path) -> tuple[str, ...]:
+    """Names of the classes in the order of their indices, the background first.
+
+    Raises:
+        FileNotFoundError: If there is no label2idx.json.
+        ValueError: If its indices are not 0, 1, 2, ...
+    """
+    path = _base(root) / CLASS_FILE
+    try:
+        indices = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(indices, dict) or sorted(indices.values(), key=str) != sorted(range(len(indices)), key=str):
+        raise ValueError(f"{path}: expected an object of class names with the indices 0, 1, 2, ..., each once")
+    if not 2 <= len(indices) <= MAX_CLASSES:
+        raise ValueError(f"{path}: expected 2 to {MAX_CLASSES} classes, the background among them, got {len(indices)}")
+    return tuple(sorted(indices, key=indices.__getitem__))
+
+
+def read_metadata(path: Path) -> list[Row]:
+    """Rows of metadata.csv, whose header is vid,uid,s_min,s_sec,a_obj,split,label in any order.
+
+    Raises:
+        ValueError: If a column is missing, a split or subset is unknown, or a clip is listed twice in a split.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file, skipinitialspace=True)
+        absent = {"uid", "a_obj", "split", "label"} - set(table.fieldnames or ())
+        if absent:
+            raise ValueError(f"{path}: no column {', '.join(sorted(absent))} in its first line")
+        rows: dict[tuple[str, str], Row] = {}
+        for line in table:
+            uid, subset, split, category = ((line[c] or "").strip() for c in ("uid", "label", "split", "a_obj"))
+            if split not in SPLITS:
+                raise ValueError(f"{path}: clip {uid}: split '{split}' is none of {', '.join(SPLITS)}")
+            if subset not in SUBSETS:
+                raise ValueError(f"{path}: clip {uid}: label '{subset}' is none of {', '.join(SUBSETS)}")
+            if not uid or (split, uid) in rows:
+                raise ValueError(f"{path}: clip '{uid}' has no name or is listed twice in {split}")
+            rows[split, uid] = Row(uid, subset, split, category)
+    return list(rows.values())
+
+
+def _base(root: Path) -> Path:
+    base = root / FOLDER if (root / FOLDER).is_dir() else root
+    for name in (METADATA, CLASS_FILE):
+        if not (base / name).is_file():
+            raise FileNotFoundError(f"--root {root}: neither {FOLDER}/{name} nor {name} is in it")
+    return base
+
+
+def _job(folder: Path, row: Row, clip_s: int, num_classes: int) -> ClipJob:
+    seconds = min(SUBSETS[row.subset], clip_s)
+    frames = tuple(folder / "frames" / f"{t}.jpg" for t in range(seconds))
+    missing = [path.name for path in frames if not path.exists()]
+    sound = folder / "audio.wav"
+    problem = None if sound.exists() else f"missing sound file {sound}"
+    if missing:
+        problem = f"missing frame files in {folder / 'frames'}: {', '.join(missing)}"
+    # the single-source clips are weakly supervised in training, as in S4
+    labelled = 1 if row.subset == "v1s" and row.split == "train" else seconds
+    return ClipJob(
+        name=row.uid,
+        split=row.split,
+        path=folder / "frames",
+        frames=frames,
+        sound=sound,
+        masks=tuple(folder / "labels_rgb" / f"{t}.png" for t in range(labelled)),
+        num_classes=num_classes,
+        fit="cropped" if row.split == "train" else "squashed",
+        seconds=seconds,
+        meta={"subset": row.subset} | ({"category": row.category} if row.category else {}),
+        problem=problem,
+    )
