@@ -14,15 +14,40 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from avs_dist.model_config import (
+    AudioConfig,
+    BackboneConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    LatentConfig,
+    ModelConfig,
+    NeckConfig,
+    TPAVIConfig,
+    at_least,
+    share,
+)
 
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ValueError(f"{key}={value}: must be at least {least}")
-
-
-def _share(key: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{key}={value}: must be from 0 to 1")
+__all__ = [  # those of the network are settings of a run like the others
+    "AudioConfig",
+    "BackboneConfig",
+    "Config",
+    "DataConfig",
+    "DecoderConfig",
+    "DiffusionConfig",
+    "DiffusionLossConfig",
+    "EngineConfig",
+    "LatentConfig",
+    "LatentLossConfig",
+    "LossConfig",
+    "ModelConfig",
+    "NeckConfig",
+    "OptimConfig",
+    "TPAVIConfig",
+    "TrainConfig",
+    "config_hash",
+    "from_dict",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -46,197 +71,9 @@ class DataConfig:
     mirror: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least("data.workers", self.workers, 0)
-        _at_least("data.shuffle_window", self.shuffle_window, 1)
-        _share("data.mirror", self.mirror)
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """Visual backbone, any timm model that supports features_only.
-
-    Args:
-        name: timm model name; the papers use pvt_v2_b5 and resnet50.
-        weights: "none", "hub" (ImageNet weights through timm), or a local .safetensors/.pth file.
-    """
-
-    name: str = "pvt_v2_b5"
-    weights: str = "none"
-
-
-@dataclass(frozen=True)
-class AudioConfig:
-    """Audio encoder: one vector of 128 numbers for each second.
-
-    Args:
-        kind: "vggish" (frozen, needs weights) or "logmel_cnn" (small, trained from scratch).
-        weights: Local VGGish weights file (.safetensors or .pth state dict).
-    """
-
-    kind: Literal["vggish", "logmel_cnn"] = "vggish"
-    weights: str | None = None
-
-
-@dataclass(frozen=True)
-class NeckConfig:
-    """Channel reduction after each backbone stage.
-
-    Args:
-        kind: "dilated" (TPAVI paper: sum of four dilated 3x3 convolutions), "one_layer" (ECMVAE paper: one 3x3
-            convolution) or "three_layer" (public ECMVAE code: 1x1, 3x3, 3x3, each with batch normalisation).
-        channels: Output channels of every stage (TPAVI paper: 256, ECMVAE: 128).
-    """
-
-    kind: Literal["dilated", "one_layer", "three_layer"] = "dilated"
-    channels: int = 256
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """From the four stages to mask logits.
-
-    Args:
-        kind: "bilinear" (TPAVI paper), "nearest" (public ECMVAE code: batch normalisation, nearest enlargement) or
-            "transformer" (AVSegFormer: queries that hear the sound attend to the picture).
-        queries: Queries of the transformer (AVSegFormer: 300).
-        layers: Layers of its encoder, and of its decoder (AVSegFormer: 6).
-        heads: Attention heads of each of them (AVSegFormer: 8).
-    """
-
-    kind: Literal["bilinear", "nearest", "transformer"] = "bilinear"
-    queries: int = 300
-    layers: int = 6
-    heads: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("queries", "layers", "heads"):
-            _at_least(f"model.decoder.{name}", getattr(self, name), 1)
-
-
-@dataclass(frozen=True)
-class TPAVIConfig:
-    """Temporal pixel-wise audio-visual interaction.
-
-    Args:
-        stages: Backbone stages that carry a TPAVI block (0 is the finest); empty = no audio at all.
-        time_aligned: Learn a T x T mixing of the scores, so that a pixel knows its own second (ours).
-        key: Attend to audio (paper: va), to visual tokens (vv), or the mean of both.
-        implementation: "auto" (the fastest there is: Triton on a GPU, torch elsewhere), or one of the same result:
-            "triton", "rank_t" (the same form in torch), "literal" (the published N x N formula).
-        l2_normalise: Normalise tokens and audio over the channels first, as ECMVAE does.
-        align_audio: Project the audio to the channels of the tokens (published); false needs 128 channels.
-    """
-
-    stages: tuple[int, ...] = (0, 1, 2, 3)
-    time_aligned: bool = False
-    key: Literal["audio", "visual", "both"] = "audio"
-    implementation: Literal["auto", "triton", "rank_t", "literal"] = "auto"
-    l2_normalise: bool = False
-    align_audio: bool = True
-
-
-@dataclass(frozen=True)
-class LatentConfig:
-    """Latent codes of ECMVAE, for every frame.
-
-    Args:
-        kind: "vae" (paper), or "ae": the codes are features, with neither posterior nor sampling (Table 3).
-        factorise: Codes of the picture, the sound and what they share (s_v, s_a, c); false: one code (Table 3).
-        dim: Numbers in each code, L (paper: 16).
-        joint: How the shared code hears both modalities: "fused" features (paper), or a Gaussian of each joined by
-            their product ("poe") or mixture ("moe") (Table 4).
-        inject: Where the codes enter the coarsest stage: "after_tpavi" (paper) or "before_tpavi" (public code).
-        spatial_noise: Standard deviation of the noise added to the codes at each position ("sampling" in Fig. 1; the
-            paper gives no number, the public code has none).
-        samples: Draws from the prior that a prediction averages.
-    """
-
-    kind: Literal["vae", "ae"] = "vae"
-    factorise: bool = True
-    dim: int = 16
-    joint: Literal["fused", "poe", "moe"] = "fused"
-    inject: Literal["after_tpavi", "before_tpavi"] = "after_tpavi"
-    spatial_noise: float = 0.1
-    samples: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "samples"):
-            _at_least(f"model.latent.{name}", getattr(self, name), 1)
-        _at_least("model.latent.spatial_noise", self.spatial_noise, 0)
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """Latent diffusion (contrastive latent diffusion AVS); the names in brackets are those of the paper.
-
-    Args:
-        dim: Numbers in a latent code, D (paper: 24).
-        per: A code for each "frame", or one for the whole "clip" (the paper does not say).
-        condition: What the denoiser is told (Table IV).
-        hidden: Width between the two fully connected layers of each encoder.
-        widths: Outputs of all layers of the denoiser but the last; the paper has eight layers, no widths.
-        skips: Links from the encoder half of the denoiser to its decoder half.
-        prediction: What the denoiser predicts: the noise ("eps", paper), the velocity ("v") or the code ("x0").
-        schedule: Of the noise: "cosine" (paper) or "linear".
-        train_steps: Noise levels, K (paper: 20; 50 in its Fig. 5).
-        steps: DDIM steps of a prediction (paper: 10).
-        spacing: Which of the K levels the steps visit: "trailing" starts at pure noise for any number of steps,
-            "leading" is the default of diffusers.
-        eta: Noise added in sampling: 0 = DDIM, 1 = DDPM.
-        clip: Bound of the estimated code, or none.
-        normalise: Zero mean and unit variance of the codes over the global batch, against drift of their scale (ours).
-        sampled_share: Share of the training clips whose masks are painted from a code sampled as in a prediction,
-            without the true mask (ours; paper: 0).
-        samples: Draws that a prediction averages; with one there is no uncertainty.
-    """
-
-    dim: int = 24
-    per: Literal["frame", "clip"] = "frame"
-    condition: Literal["audio_visual", "audio", "visual", "none"] = "audio_visual"
-    hidden: int = 256
-    widths: tuple[int, ...] = (512, 512, 512, 512, 512, 512, 512)
-    skips: bool = False
-    prediction: Literal["eps", "v", "x0"] = "eps"
-    schedule: Literal["cosine", "linear"] = "cosine"
-    train_steps: int = 20
-    steps: int = 10
-    spacing: Literal["trailing", "leading"] = "trailing"
-    eta: float = 0.0
-    clip: float | None = None
-    normalise: bool = False
-    sampled_share: float = 0.0
-    samples: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "hidden", "train_steps", "steps", "samples"):
-            _at_least(f"model.diffusion.{name}", getattr(self, name), 1)
-        for name in ("eta", "sampled_share"):
-            _share(f"model.diffusion.{name}", getattr(self, name))
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network.
-
-    Args:
-        system: Which published system to build.
-        compat: "paper", or "published_code" to reproduce where the public code departs from it.
-        num_classes: 1 = sounding or silent (S4, MS3); AVSS: 71 classes, the first is the background.
-    """
-
-    system: Literal["tpavi", "ecmvae", "diffusion"] = "tpavi"
-    compat: Literal["paper", "published_code"] = "paper"
-    num_classes: int = 1
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    audio: AudioConfig = field(default_factory=AudioConfig)
-    neck: NeckConfig = field(default_factory=NeckConfig)
-    tpavi: TPAVIConfig = field(default_factory=TPAVIConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    latent: LatentConfig = field(default_factory=LatentConfig)
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-
-    def __post_init__(self) -> None:
-        _at_least("model.num_classes", self.num_classes, 1)
+        at_least("data.workers", self.workers, 0)
+        at_least("data.shuffle_window", self.shuffle_window, 1)
+        share("data.mirror", self.mirror)
 
 
 @dataclass(frozen=True)
@@ -267,11 +104,11 @@ class LatentLossConfig:
     standardise: bool = False
 
     def __post_init__(self) -> None:
-        _at_least("loss.latent.draws", self.draws, 1)
+        at_least("loss.latent.draws", self.draws, 1)
         for name in ("beta", "orthogonality", "information"):
-            _at_least(f"loss.latent.{name}", getattr(self, name), 0)
+            at_least(f"loss.latent.{name}", getattr(self, name), 0)
         for name in ("posterior_share", "information_posterior_share"):
-            _share(f"loss.latent.{name}", getattr(self, name))
+            share(f"loss.latent.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -295,7 +132,7 @@ class DiffusionLossConfig:
 
     def __post_init__(self) -> None:
         for name in ("denoising", "contrastive"):
-            _at_least(f"loss.diffusion.{name}", getattr(self, name), 0)
+            at_least(f"loss.diffusion.{name}", getattr(self, name), 0)
         if self.temperature <= 0:
             raise ValueError(f"loss.diffusion.temperature={self.temperature}: must be positive")
 
@@ -324,7 +161,7 @@ class LossConfig:
     diffusion: DiffusionLossConfig = field(default_factory=DiffusionLossConfig)
 
     def __post_init__(self) -> None:
-        _at_least("loss.mix", self.mix, 0)
+        at_least("loss.mix", self.mix, 0)
 
 
 @dataclass(frozen=True)
@@ -349,7 +186,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "warmup_steps", "clip_norm"):
-            _at_least(f"optim.{name}", getattr(self, name), 0)
+            at_least(f"optim.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -367,7 +204,7 @@ class EngineConfig:
     grad_accumulation: int = 1
 
     def __post_init__(self) -> None:
-        _at_least("engine.grad_accumulation", self.grad_accumulation, 1)
+        at_least("engine.grad_accumulation", self.grad_accumulation, 1)
 
 
 @dataclass(frozen=True)
@@ -394,8 +231,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch", "log_every"):
-            _at_least(f"train.{name}", getattr(self, name), 1)
-        _at_least("train.eval_every", self.eval_every, 0)
+            at_least(f"train.{name}", getattr(self, name), 1)
+        at_least("train.eval_every", self.eval_every, 0)
 
 
 @dataclass(frozen=True)
@@ -411,7 +248,7 @@ class Config:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
+        at_least("seed", self.seed, 0)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
