@@ -25,7 +25,7 @@ BETA_SQUARED = 0.3
 
 # Scores lie in [0, 1] and are summed as integers of this many units. Integer sums do not depend on their order, so the
 # result is the same to the last bit for every split into updates and ranks. Error per frame 5e-13, room for 8e6 frames.
-_UNITS = 2**40
+SCORE_UNITS = 2**40
 
 _CELLS = 2**16
 _CPU_CHUNK = 2**17
@@ -116,10 +116,10 @@ class SegmentationMetrics:
         probabilities_FHW, truth_FHW = _checked(logits_FHW, masks_FHW)
         sounding_F = truth_FHW.flatten(1).any(1).long().cpu()
 
-        iou_F2 = torch.stack([_units(_iou(probabilities_FHW, truth_FHW)), torch.ones_like(sounding_F)], dim=1)
+        iou_F2 = torch.stack([in_units(_iou(probabilities_FHW, truth_FHW)), torch.ones_like(sounding_F)], dim=1)
         self._iou.index_add_(0, sounding_F, iou_F2)
 
-        rows = torch.cat([_units(_f_curves(probabilities_FHW, truth_FHW)), sounding_F[:, None]], dim=1)
+        rows = torch.cat([in_units(_f_curves(probabilities_FHW, truth_FHW)), sounding_F[:, None]], dim=1)
         numbers, inverse = torch.unique(positions // self.batch_size_compat, return_inverse=True)
         sums = torch.zeros(len(numbers), NUM_THRESHOLDS + 1, dtype=torch.int64).index_add_(0, inverse, rows)
         source = 0 if positions_F is not None else world.rank()
@@ -149,7 +149,7 @@ class SegmentationMetrics:
         totals = rows.sum(0, keepdim=True)
         (silent_sum, silent), (sounding_sum, sounding) = iou.tolist()
         results = {
-            "miou": (silent_sum + sounding_sum) / _UNITS / (silent + sounding),
+            "miou": (silent_sum + sounding_sum) / SCORE_UNITS / (silent + sounding),
             "f_score": float(_best_of_mean_curve(totals)),
             "f_score_batched": float(_best_of_mean_curve(rows).mean()),
             "frames": silent + sounding,
@@ -157,9 +157,9 @@ class SegmentationMetrics:
             "batch_size": self.batch_size_compat,
         }
         if sounding:
-            results["miou_sounding"] = sounding_sum / _UNITS / sounding
+            results["miou_sounding"] = sounding_sum / SCORE_UNITS / sounding
         if silent:
-            results["miou_silent"] = silent_sum / _UNITS / silent
+            results["miou_silent"] = silent_sum / SCORE_UNITS / silent
         return results
 
     def _positions(self, num_rows: int, positions_F: Tensor | Sequence[int] | None) -> Tensor:
@@ -261,13 +261,14 @@ def _cell_tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tens
     return reached.int().to(device), within.to(device)
 
 
-def _units(scores: Tensor) -> Tensor:
-    return (scores * _UNITS).round().long()
+def in_units(scores: Tensor) -> Tensor:
+    """Scores, 0 to 1, as integers of 1 / SCORE_UNITS."""
+    return (scores * SCORE_UNITS).round().long()
 
 
 def _best_of_mean_curve(rows: Tensor) -> Tensor:
     """[n,256] sums -> [n]: the best threshold of each mean curve; 0 where no frame sounds, as published."""
-    curves = rows[:, :-1].double() / _UNITS / rows[:, -1:].clamp_min(1)
+    curves = rows[:, :-1].double() / SCORE_UNITS / rows[:, -1:].clamp_min(1)
     return curves.max(dim=1).values
 
 

@@ -19,6 +19,7 @@ from avs_dist.shards.schema import LOG_OFFSET
 FILL_RGB = (255, 40, 110)
 CONTOUR_RGB = (255, 235, 120)
 FILL_OPACITY = 0.45
+CLASS_OPACITY = 0.6  # the colours of the VOC palette are dark
 METER_RANGE = 8.0  # mean log-mel above digital silence that fills the meter; loud film music reaches 6.5
 
 SoundTrack = Literal["copied", "re-encoded", "none"]
@@ -30,7 +31,8 @@ def write_overlay(
     """Write `video` again as H.264 mp4, all frames at their size and time, with masks and a sound meter painted on.
 
     Args:
-        masks: One picture a second, {0,255} at the size of the video; the last serves the rest of the video.
+        masks: One picture a second at the size of the video; the last serves the rest of the video. Either {0,255}, or
+            class indices with a palette: each class is then painted in its colour, and index 0 not at all.
         level_N: Loudness (mean log-mel), `levels_per_s` values a second, for the meter.
 
     Returns:
@@ -73,6 +75,7 @@ class Painter:
         self._masks, self._level_N, self._levels_per_s = masks, level_N, levels_per_s
         self._second = -1
         self._inner = self._outline = Image.new("L", (1, 1))
+        self._class_colours: Image.Image | None = None
         kept = np.arange(256) * (1 - FILL_OPACITY)
         # 256 blended values for each of red, green and blue
         self._blend = [round(value + FILL_OPACITY * tint) for tint in FILL_RGB for value in kept]
@@ -83,22 +86,32 @@ class Painter:
         if second != self._second:
             self._load(second)
         image = Image.fromarray(frame_HWC)
-        image.paste(image.point(self._blend), mask=self._inner)
+        image.paste(self._tinted(image), mask=self._inner)
         image.paste(CONTOUR_RGB, mask=self._outline)
         out_HWC = np.array(image)
         self._draw_meter(out_HWC, time_s)
         return out_HWC
 
+    def _tinted(self, image: Image.Image) -> Image.Image:
+        if self._class_colours is None:
+            return image.point(self._blend)
+        return Image.blend(image, self._class_colours, CLASS_OPACITY)
+
     def _load(self, second: int) -> None:
         with Image.open(self._masks[second]) as image:
-            mask_HW = np.asarray(image) > 0
-        width = 2 * max(1, round(len(mask_HW) / 360)) + 1
+            index_HW = np.asarray(image)
+            self._class_colours = image.convert("RGB") if image.mode == "P" else None
+        width = 2 * max(1, round(len(index_HW) / 360)) + 1
         # padded, so that a mask has no outline along the border of the picture
-        padded = Image.fromarray(np.pad(mask_HW, width, mode="edge"))
-        inner_HW = np.asarray(padded.convert("L").filter(ImageFilter.MinFilter(width)))[width:-width, width:-width] > 0
+        padded = Image.fromarray(np.pad(index_HW, width, mode="edge"))
+        lowest_HW = np.asarray(padded.filter(ImageFilter.MinFilter(width)))
+        inner_HW = lowest_HW > 0
+        if self._class_colours is not None:  # away from other classes, too
+            inner_HW &= lowest_HW == np.asarray(padded.filter(ImageFilter.MaxFilter(width)))
+        inner_HW = inner_HW[width:-width, width:-width]
         self._second = second
         self._inner = Image.fromarray(inner_HW)
-        self._outline = Image.fromarray(mask_HW & ~inner_HW)
+        self._outline = Image.fromarray((index_HW > 0) & ~inner_HW)
 
     def _draw_meter(self, out_HWC: np.ndarray, time_s: float) -> None:
         """A bar at the bottom left: how loud the model hears this moment."""

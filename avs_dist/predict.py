@@ -3,6 +3,7 @@
 <out>/<name>/masks/0001.png ...         {0,255} at the size of the video, one for each second
 <out>/<name>/uncertainty/0001.png ...   of a system that draws several masks: the standard deviation of the probability
                                         over them, 0..0.5 as 0..255
+<out>/<name>/classes/0001.png ...       of a system of several classes: class indices, shown in the PASCAL VOC palette
 <out>/<name>/overlay.mp4                all frames with the mask of their second, the sound of the input
 <out>/<name>/summary.json               what `predict_video` returns
 """
@@ -10,7 +11,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +25,10 @@ from tqdm import tqdm
 
 from avs_dist.clip import collate
 from avs_dist.overlay import write_overlay
+from avs_dist.semantic import BACKGROUND
 from avs_dist.shards.audio import clip_log_mel, sound_flag
 from avs_dist.shards.files import write_text
+from avs_dist.shards.palette import colours
 from avs_dist.shards.schema import MEL_FRAMES, Sample
 from avs_dist.shards.workers import ClipError, MediaWorker, VideoFacts
 from avs_dist.systems.base import System
@@ -33,6 +36,7 @@ from avs_dist.uncertainty import MAX_STD
 
 LEVELS_PER_S = 8  # of the sound meter
 SILENT_RATE_HZ = 16_000  # rate of the silence that stands for a missing sound track
+CLASSES_AT_ONCE = 8  # enlarged to the size of the video: all 71 of a 4K frame would take 2.4 GB
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,14 @@ class _Painted(NamedTuple):
 
     probability_THW: Tensor
     std_THW: Tensor | None
+    classes_THW: Tensor | None  # uint8 class indices
+    class_names: Sequence[str]  # their numbers where the names are not known
+
+    def mask_HW(self, t: int) -> np.ndarray:
+        """Where something sounds in second t; of several classes what the class map says, so that the two agree."""
+        if self.classes_THW is None:
+            return (self.probability_THW[t] > 0.5).numpy()
+        return (self.classes_THW[t] != BACKGROUND).numpy()
 
 
 def predict_video(
@@ -60,6 +72,7 @@ def predict_video(
     window_s: int = 5,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Masks, overlay and summary of one video, in a folder of `out_dir` named like the file without its suffix.
 
@@ -68,12 +81,15 @@ def predict_video(
 
     Args:
         image_size: Side of the frames the system was trained on; the aspect is not kept, as in AVSBench.
+        class_names: Names of the classes of a system that has several; without them the summary has their numbers.
 
     Returns:
         Facts of the video, `sound` ("ok", "silent" or "none"), `audio_track` of the overlay ("copied", "re-encoded" or
         "none"), paths, and for each second its mask file, `sounding_area` (share of the picture), `mean_probability`
         and `loudness` (mean log-mel; ln 0.01 = -4.6 is digital silence). Of a system that gives a variance also
-        `uncertainty`, the folder of those pictures, and for each second `mean_std`.
+        `uncertainty`, the folder of those pictures, and for each second `mean_std`. Of a system of several classes also
+        `classes`, the folder of the class maps, `class_names` if known, and for each second `class_areas`: the share of
+        the picture of each class that is there, by name (or number), but for the background.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -90,12 +106,12 @@ def predict_video(
     with MediaWorker() as worker:
         try:
             facts = worker.probe(video)
-            for kind in ("masks", "uncertainty"):
+            for kind in ("masks", "uncertainty", "classes"):
                 _remove_pictures(folder / kind)
             total = _whole_seconds(facts)
             bar = tqdm(total=total, desc=f"predict {video.name}", unit="s", disable=not progress)
             for window in _windows(worker, video, facts, image_size, window_s):
-                painted = _paint(system, window, (facts.height, facts.width), device)
+                painted = _paint(system, window, (facts.height, facts.width), device, class_names)
                 sounds.add(window.sample.meta["sound"])
                 for t in range(window.skip, len(painted.probability_THW)):
                     mel_FM = window.sample.mel_TFM[t]
@@ -105,9 +121,10 @@ def predict_video(
             bar.close()
         except ClipError as error:
             raise ValueError(f"{video}: cannot be read as a video: {error}") from None
-    masks = [Path(second["mask"]) for second in seconds]
+    kind = "classes" if "class_areas" in seconds[0] else "masks"
+    pictures = [folder / kind / Path(second["mask"]).name for second in seconds]
     overlay = folder / "overlay.mp4"
-    track = write_overlay(video, overlay, masks, np.concatenate(levels), LEVELS_PER_S, progress)
+    track = write_overlay(video, overlay, pictures, np.concatenate(levels), LEVELS_PER_S, progress)
     summary = {
         "video": str(video),
         "overlay": str(overlay),
@@ -123,6 +140,10 @@ def predict_video(
     }
     if "mean_std" in seconds[0]:
         summary["uncertainty"] = str(folder / "uncertainty")
+    if "class_areas" in seconds[0]:
+        summary["classes"] = str(folder / "classes")
+        if class_names is not None:
+            summary["class_names"] = list(class_names)
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -154,25 +175,49 @@ def _windows(worker: MediaWorker, video: Path, facts: VideoFacts, image_size: in
 
 
 @torch.no_grad()
-def _paint(system: System, window: Window, size_HW: tuple[int, int], device: torch.device | str) -> _Painted:
+def _paint(
+    system: System,
+    window: Window,
+    size_HW: tuple[int, int],
+    device: torch.device | str,
+    class_names: Sequence[str] | None,
+) -> _Painted:
     prediction = system.predict(collate([window.sample]).to(device))
     probability_THW = _enlarged(prediction.logits_BTHW, size_HW).sigmoid().cpu()
-    if prediction.variance_BTHW is None:
-        return _Painted(probability_THW, None)
-    return _Painted(probability_THW, _enlarged(prediction.variance_BTHW, size_HW).clamp_min(0).sqrt().cpu())
+    std_THW, classes_THW, names = None, None, class_names or ()
+    if prediction.variance_BTHW is not None:
+        std_THW = _enlarged(prediction.variance_BTHW, size_HW).clamp_min(0).sqrt().cpu()
+    if prediction.class_logits_BTKHW is not None:
+        num_classes = prediction.class_logits_BTKHW.shape[2]
+        names = names or [str(number) for number in range(num_classes)]
+        if len(names) != num_classes:
+            raise ValueError(f"{len(names)} class names for a system of {num_classes} classes")
+        classes_THW = torch.stack([_class_map(c_KHW, size_HW) for c_KHW in prediction.class_logits_BTKHW[0]])
+    return _Painted(probability_THW, std_THW, classes_THW, names)
 
 
-def _enlarged(value_BTHW: Tensor, size_HW: tuple[int, int]) -> Tensor:
-    """The only clip of a batch at another size, [T,H,W]."""
-    return F.interpolate(value_BTHW.float(), size_HW, mode="bilinear", align_corners=False)[0]
+def _enlarged(value_NCHW: Tensor, size_HW: tuple[int, int]) -> Tensor:
+    """The only item of a batch at another size, [C,H,W]."""
+    return F.interpolate(value_NCHW.float(), size_HW, mode="bilinear", align_corners=False)[0]
+
+
+def _class_map(class_logits_KHW: Tensor, size_HW: tuple[int, int]) -> Tensor:
+    """Index of the class whose logit is highest at the size of the video: uint8 on the CPU."""
+    best_HW = torch.full(size_HW, -torch.inf, device=class_logits_KHW.device)
+    index_HW = torch.zeros(size_HW, dtype=torch.int64, device=class_logits_KHW.device)
+    for first in range(0, len(class_logits_KHW), CLASSES_AT_ONCE):
+        part_KHW = class_logits_KHW[first : first + CLASSES_AT_ONCE]
+        highest_HW, which_HW = _enlarged(part_KHW[None], size_HW).max(dim=0)
+        index_HW = torch.where(highest_HW > best_HW, which_HW + first, index_HW)
+        best_HW = torch.maximum(highest_HW, best_HW)
+    return index_HW.to(torch.uint8).cpu()
 
 
 def _write_second(folder: Path, second: int, painted: _Painted, t: int, mel_FM: np.ndarray) -> dict[str, Any]:
-    probability_HW = painted.probability_THW[t]
-    mask_HW = (probability_HW > 0.5).numpy()
+    probability_HW, mask_HW = painted.probability_THW[t], painted.mask_HW(t)
     name = f"{second + 1:04d}.png"
     path = folder / "masks" / name
-    _write_grey(path, mask_HW.astype(np.uint8) * 255)
+    _write_picture(path, Image.fromarray(mask_HW.astype(np.uint8) * 255))
     facts = {
         "second": second,
         "mask": str(path),
@@ -183,15 +228,27 @@ def _write_second(folder: Path, second: int, painted: _Painted, t: int, mel_FM: 
     if painted.std_THW is not None:
         std_HW = painted.std_THW[t].numpy()
         grey_HW = (std_HW * (255 / MAX_STD)).round().clip(0, 255)
-        _write_grey(folder / "uncertainty" / name, grey_HW.astype(np.uint8))
+        _write_picture(folder / "uncertainty" / name, Image.fromarray(grey_HW.astype(np.uint8)))
         facts["mean_std"] = float(std_HW.mean())
+    if painted.classes_THW is not None:
+        class_map = Image.fromarray(painted.classes_THW[t].numpy())
+        class_map.putpalette(colours(len(painted.class_names)).tobytes())
+        _write_picture(folder / "classes" / name, class_map)
+        facts["class_areas"] = _class_areas(painted.classes_THW[t], painted.class_names)
     return facts
 
 
-def _write_grey(path: Path, picture_HW: np.ndarray) -> None:
+def _class_areas(classes_HW: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Share of the picture of each class that is there but for the background, the largest first."""
+    counts = torch.bincount(classes_HW.flatten(), minlength=len(names)).tolist()
+    there = sorted((k for k in range(len(names)) if counts[k] and k != BACKGROUND), key=lambda k: -counts[k])
+    return {names[k]: counts[k] / classes_HW.numel() for k in there}
+
+
+def _write_picture(path: Path, picture: Image.Image) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(picture_HW).save(partial, format="PNG")
+    picture.save(partial, format="PNG")
     partial.replace(path)
 
 

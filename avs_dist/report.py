@@ -12,10 +12,13 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from avs_dist import report_figures as figures
 from avs_dist import report_html as html
 from avs_dist.metrics import frame_iou
+from avs_dist.semantic import BACKGROUND
+from avs_dist.semantic_metrics import class_areas, is_semantic
 from avs_dist.shards.files import write_text
 
 # rows of `results` that the headline numbers are made of, and how they are called in the table
@@ -34,9 +37,11 @@ class Panel:
     """One clip of T seconds, shown second by second.
 
     frames_THWC:      uint8 RGB.
-    truth_THW:        0 or 1, or None where there is no truth.
+    truth_THW:        0 or 1, or class indices, or None where there is no truth.
     probability_THW:  0..1, predicted.
     mel_TFM:          log-mel example of each second [T,96,64] (time, mel band).
+    classes_THW:      uint8 class indices, predicted by a system of several classes.
+    class_names:      names of these classes; without them the legend has their numbers.
     """
 
     name: str
@@ -44,13 +49,19 @@ class Panel:
     truth_THW: np.ndarray | None
     probability_THW: np.ndarray
     mel_TFM: np.ndarray
+    classes_THW: np.ndarray | None = None
+    class_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         size = self.frames_THWC.shape[:3]
         if self.frames_THWC.dtype != np.uint8 or self.frames_THWC.shape[3:] != (3,):
             got = f"{self.frames_THWC.dtype} {self.frames_THWC.shape}"
             raise ValueError(f"panel {self.name}: frames_THWC must be uint8 RGB, got {got}")
-        others = {"probability_THW": self.probability_THW, "truth_THW": self.truth_THW}
+        others = {
+            "probability_THW": self.probability_THW,
+            "truth_THW": self.truth_THW,
+            "classes_THW": self.classes_THW,
+        }
         for field, value in others.items():
             if value is not None and value.shape != size:
                 raise ValueError(f"panel {self.name}: {field} has shape {value.shape}, the frames {size}")
@@ -137,13 +148,8 @@ def headlines(results: Mapping[str, Mapping[str, float]]) -> list[html.Card]:
     real = results.get("real")
     if real is None:
         return []
-    cards = [
-        html.Card(
-            f"{real['miou']:.2f}",
-            "mIoU with its own sound",
-            "Overlap of the painted area with what really sounds, averaged over all held-out frames; 1 is perfect.",
-        )
-    ]
+    overlap, f_score = _meanings(real)
+    cards = [html.Card(f"{real['miou']:.2f}", "mIoU with its own sound", overlap)]
     differences = {
         "swapped": (
             "with the sound of another clip",
@@ -159,26 +165,48 @@ def headlines(results: Mapping[str, Mapping[str, float]]) -> list[html.Card]:
         meaning = "Gain over the published TPAVI block, which cannot tell which second a sound belongs to."
         cards.append(html.Card(gain, "mIoU by time alignment", meaning))
     if "f_score" in real:
-        meaning = (
-            "Precision and recall in one number (β² = 0.3, frames that sound), at one threshold for the whole set."
-        )
-        cards.append(html.Card(f"{real['f_score']:.2f}", "F-score", meaning))
+        cards.append(html.Card(f"{real['f_score']:.2f}", "F-score", f_score))
     return cards
 
 
+def _meanings(row: Mapping[str, float]) -> tuple[str, str]:
+    """Of mIoU and F-score."""
+    if is_semantic(row):
+        return (
+            "Overlap of the painted area of each class with the true one, averaged over the held-out frames and then "
+            "over all classes; 1 is perfect, a class never seen counts 0.",
+            "Precision and recall of each class in one number (β² = 0.3), averaged in the same way.",
+        )
+    return (
+        "Overlap of the painted area with what really sounds, averaged over all held-out frames; 1 is perfect.",
+        "Precision and recall in one number (β² = 0.3, frames that sound), at one threshold for the whole set.",
+    )
+
+
 def _panel(panel: Panel) -> html.PanelView:
-    seconds = range(len(panel.frames_THWC))
-    truth = panel.truth_THW
+    frames, truth, classes = panel.frames_THWC, panel.truth_THW, panel.classes_THW
+    truths = [None] * len(frames) if truth is None else list(truth)
     loudest = max(float(panel.mel_TFM.max(initial=0.0)), 0.0)  # one scale for all seconds, so that silence looks dark
-    rows = {"frame": [figures.frame_png(frame) for frame in panel.frames_THWC]}
+    rows = {"frame": [figures.frame_png(frame) for frame in frames]}
     if truth is not None:
-        rows["truth"] = [figures.truth_png(panel.frames_THWC[t], truth[t]) for t in seconds]
-    rows["model"] = [
-        figures.prediction_png(panel.frames_THWC[t], panel.probability_THW[t], None if truth is None else truth[t])
-        for t in seconds
-    ]
+        draw = figures.truth_png if classes is None else figures.classes_png
+        rows["truth"] = [draw(frame, mask) for frame, mask in zip(frames, truth, strict=True)]
+    if classes is None:
+        shown = zip(frames, panel.probability_THW, truths, strict=True)
+        rows["model"] = [figures.prediction_png(*second) for second in shown]
+    else:
+        rows["model"] = [figures.classes_png(*second) for second in zip(frames, classes, truths, strict=True)]
     rows["sound"] = [figures.mel_png(mel_FM, loudest) for mel_FM in panel.mel_TFM]
-    return html.PanelView(panel.name, rows, _scores(panel))
+    return html.PanelView(panel.name, rows, _scores(panel), _legend(panel))
+
+
+def _legend(panel: Panel) -> list[tuple[str, str]] | None:
+    """Name and colour of the classes that are true or predicted in the panel."""
+    if panel.classes_THW is None:
+        return None
+    pictures = [panel.classes_THW] if panel.truth_THW is None else [panel.classes_THW, panel.truth_THW]
+    numbers = [int(k) for k in np.unique(np.stack(pictures)) if k != BACKGROUND]
+    return [(panel.class_names[k] if panel.class_names else str(k), figures.class_colour(k)) for k in numbers]
 
 
 def _scores(panel: Panel) -> list[str]:
@@ -186,7 +214,20 @@ def _scores(panel: Panel) -> list[str]:
     if panel.truth_THW is None:
         return []
     truth = torch.from_numpy(np.ascontiguousarray(panel.truth_THW))
-    logits = torch.from_numpy(panel.probability_THW.astype(np.float64)).logit()
-    iou = frame_iou(logits, truth).tolist()
+    if panel.classes_THW is None:
+        iou = frame_iou(torch.from_numpy(panel.probability_THW.astype(np.float64)).logit(), truth).tolist()
+    else:
+        iou = _class_iou(torch.from_numpy(np.ascontiguousarray(panel.classes_THW)), truth)
     sounding = truth.bool().flatten(1).any(1).tolist()
     return [f"IoU {v:.2f}" if sounds else f"silent, {v:.0%} empty" for v, sounds in zip(iou, sounding, strict=True)]
+
+
+def _class_iou(classes_THW: Tensor, truth_THW: Tensor) -> list[float]:
+    """Of each frame: the mean IoU of the classes, but the background, that are true or predicted in it; for a frame
+    of background alone the fraction of its pixels predicted so."""
+    num_classes = int(max(classes_THW.max(), truth_THW.max())) + 1
+    inside_TK, predicted_TK, true_TK = class_areas(classes_THW, truth_THW, num_classes).double()
+    iou_TK = inside_TK / (predicted_TK + true_TK - inside_TK)  # NaN where the class is not met
+    mean_T = iou_TK[:, BACKGROUND + 1 :].nanmean(1)
+    empty_T = inside_TK[:, BACKGROUND] / true_TK[:, BACKGROUND]
+    return torch.where((truth_THW != BACKGROUND).flatten(1).any(1), mean_T, empty_T).tolist()

@@ -15,6 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from avs_dist.semantic import BACKGROUND
+from avs_dist.shards.palette import colours
+
 INK, MUTED, GRID = "#1c2430", "#6b7686", "#e6e9ee"
 TRUTH, MODEL, QUIET = "#0f9d8a", "#e8622c", "#5b6ee1"
 MIN_SIDE = 256  # smaller frames are enlarged by a whole factor, so that outlines stay thin
@@ -29,17 +32,31 @@ def frame_png(frame_HWC: np.ndarray) -> bytes:
 def truth_png(frame_HWC: np.ndarray, truth_HW: np.ndarray) -> bytes:
     """The frame in dim grey with the true mask filled."""
     truth = _enlarged((truth_HW > 0).astype(np.float32))
-    return _png(_painted(_dimmed(_enlarged(frame_HWC)), TRUTH, 0.75 * truth))
+    return _png(_painted(_dimmed(_enlarged(frame_HWC)), _rgb(TRUTH), 0.75 * truth))
 
 
 def prediction_png(frame_HWC: np.ndarray, probability_HW: np.ndarray, truth_HW: np.ndarray | None) -> bytes:
     """The frame in dim grey, painted by probability; the outline of the truth in white where there is one."""
-    picture = _painted(
-        _dimmed(_enlarged(frame_HWC)), MODEL, 0.85 * _enlarged(probability_HW.astype(np.float32)).clip(0, 1)
-    )
+    alpha_HW = 0.85 * _enlarged(probability_HW.astype(np.float32)).clip(0, 1)
+    picture = _painted(_dimmed(_enlarged(frame_HWC)), _rgb(MODEL), alpha_HW)
     if truth_HW is not None:
         picture[_outline(_enlarged(truth_HW > 0))] = 255
     return _png(picture)
+
+
+def classes_png(frame_HWC: np.ndarray, classes_HW: np.ndarray, truth_HW: np.ndarray | None = None) -> bytes:
+    """The frame in dim grey, each class but the background in its colour; the outline of the truth as above."""
+    classes_HW = _enlarged(classes_HW)
+    paint_HWC = colours(int(classes_HW.max()) + 1)[classes_HW]
+    picture = _painted(_dimmed(_enlarged(frame_HWC)), paint_HWC, 0.85 * (classes_HW != BACKGROUND))
+    if truth_HW is not None:
+        picture[_outline(_enlarged(truth_HW != BACKGROUND))] = 255
+    return _png(picture)
+
+
+def class_colour(number: int) -> str:
+    """Of a legend: #rrggbb."""
+    return "#" + colours(number + 1)[number].tobytes().hex()
 
 
 def mel_png(mel_FM: np.ndarray, loudest: float) -> bytes:
@@ -145,8 +162,12 @@ def _dimmed(frame_HWC: np.ndarray) -> np.ndarray:
     return 0.5 * (0.8 * grey + 0.2 * frame_HWC) + 20
 
 
-def _painted(picture_HWC: np.ndarray, colour: str, alpha_HW: np.ndarray) -> np.ndarray:
-    paint = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+def _rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+def _painted(picture_HWC: np.ndarray, paint: np.ndarray, alpha_HW: np.ndarray) -> np.ndarray:
+    """`paint` is one colour [3], or one for each pixel [H,W,3]."""
     alpha = alpha_HW[..., None]
     return (picture_HWC * (1 - alpha) + paint * alpha).clip(0, 255).astype(np.uint8)
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from avs_dist.evaluate import COLUMNS
-from avs_dist.metrics import DEFINITIONS
+from avs_dist.evaluate import COLUMNS, definitions
 
 STYLE = """
 :root { --ink: #1c2430; --muted: #6b7686; --line: #e6e9ee; --truth: #0f9d8a; --model: #e8622c; --wash: #f6f7f9; }
@@ -79,11 +78,15 @@ class Card:
 
 @dataclass(frozen=True)
 class PanelView:
-    """One clip: PNG pictures by row and second, and a note under each second (or none)."""
+    """One clip: PNG pictures by row and second, and a note under each second (or none).
+
+    legend: name and colour (#rrggbb) of the classes in the pictures; None where they show sounding or silent.
+    """
 
     name: str
     rows: Mapping[str, Sequence[bytes]]
     scores: Sequence[str]
+    legend: Sequence[tuple[str, str]] | None = None
 
 
 def page(title: str, body: Sequence[str]) -> str:
@@ -120,7 +123,8 @@ def results_section(rows: Mapping[str, Mapping[str, float]]) -> str:
         cells = "".join(f"<td>{_number(row.get(key))}</td>" for key in shown)
         width = 100 * min(max(row["miou"], 0.0), 1.0) if math.isfinite(row["miou"]) else 0.0
         body += f'<tr><td>{escape(name)}</td><td class="bar"><i style="width:{width:.1f}%"></i></td>{cells}</tr>'
-    meaning = "".join(f"<dt>{escape(COLUMNS[key])}</dt><dd>{escape(_definition(key, rows))}</dd>" for key in shown)
+    texts = definitions(rows)
+    meaning = "".join(f"<dt>{escape(COLUMNS[key])}</dt><dd>{escape(texts[key])}</dd>" for key in shown)
     return (
         f"<h2>Results</h2>{_counts(rows)}"
         f'<div class="scroll"><table><thead><tr><th>what the model hears</th><th></th>{head}</tr></thead>'
@@ -129,11 +133,16 @@ def results_section(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def panels_section(panels: Sequence[PanelView]) -> str:
+    key = '<i style="background:#fff;border:1px solid #888"></i>outline of the truth'
+    if any(panel.legend is not None for panel in panels):
+        key = "each class in its colour " + key
+    if any(panel.legend is None for panel in panels):
+        key = (
+            '<i style="background:var(--truth)"></i>what really sounds'
+            '<i style="background:var(--model)"></i>what the model paints, stronger where it is surer' + key
+        )
     return (
-        "<h2>Second by second</h2>"
-        '<p class="hint key"><i style="background:var(--truth)"></i>what really sounds'
-        '<i style="background:var(--model)"></i>what the model paints, stronger where it is surer'
-        '<i style="background:#fff;border:1px solid #888"></i>outline of the truth</p>'
+        f'<h2>Second by second</h2><p class="hint key">{key}</p>'
         '<p class="hint">The strip below is the sound of each second (log-mel, low tones at the bottom, black is '
         "silence).</p>" + "".join(_panel(panel) for panel in panels)
     )
@@ -175,7 +184,9 @@ def _panel(panel: PanelView) -> str:
             cells += "<div></div>" + "".join(f'<div class="foot">{escape(score)}</div>' for score in panel.scores)
     cells += "<div></div>" + "".join(f'<div class="foot">{second} s</div>' for second in range(1, seconds + 1))
     columns = f"grid-template-columns:max-content repeat({seconds},minmax(0,1fr))"
-    return f'<h3>{escape(panel.name)}</h3><div class="panel" style="{columns}">{cells}</div>'
+    classes = "".join(f'<i style="background:{colour}"></i>{escape(name)}' for name, colour in panel.legend or ())
+    legend = f'<p class="hint key">{classes}</p>' if classes else ""
+    return f'<h3>{escape(panel.name)}</h3>{legend}<div class="panel" style="{columns}">{cells}</div>'
 
 
 def _image(png: bytes, alt: str, kind: str = "") -> str:
@@ -196,9 +207,3 @@ def _counts(rows: Mapping[str, Mapping[str, float]]) -> str:
     if "frames" not in first:
         return ""
     return f'<p class="hint">{first["frames"]:.0f} frames, something sounds in {first["frames_with_sound"]:.0f}.</p>'
-
-
-def _definition(key: str, rows: Mapping[str, Mapping[str, float]]) -> str:
-    sizes = {f"{row['batch_size']:.0f}" for row in rows.values() if "batch_size" in row}
-    suffix = f" (batches of {', '.join(sorted(sizes))})" if key == "f_score_batched" and sizes else ""
-    return DEFINITIONS[key] + suffix

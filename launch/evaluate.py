@@ -8,6 +8,10 @@ split. A model that listens falls with swapped sound; one that only looks stays 
 
 Of a system that samples latent codes, the table also says how much the masks of --samples draws differ (std), and
 whether they differ most where the mask is wrong (AUROC).
+
+Of a system of several classes (AVSS) the table has the mIoU over classes: as published, without the background, over
+the classes that occur, and over the whole set instead of frame by frame; the definitions stand below it. --json then
+also has the scores of each class.
 """
 
 from __future__ import annotations
@@ -85,8 +89,8 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
 
 def _evaluate(args: Any) -> None:
     # after parsing, so that --help and errors come at once
-    from avs_dist.checkpoint import find_checkpoint
-    from avs_dist.evaluate import DEFINITIONS, evaluate, results_table
+    from avs_dist.checkpoint import class_names, find_checkpoint
+    from avs_dist.evaluate import definitions, measure, results_table
     from avs_dist.loader import eval_loader
     from avs_dist.shards.files import write_text
     from avs_dist.uncertainty import set_num_samples
@@ -95,10 +99,13 @@ def _evaluate(args: Any) -> None:
     system, config = load_for_shards(args.checkpoint, args.shards, device)
     if args.samples is not None:
         set_num_samples(system, args.samples)
-    results = {}
+    results, classes = {}, {}
     for audio in AUDIO_SOURCES if args.audio == "all" else (args.audio,):
         batches = eval_loader(config, args.split, args.batch, world.rank(), world.world_size(), audio=audio)
-        results[audio] = evaluate(lambda clip: system.predict(clip.to(device)), batches, label=audio)
+        measured = measure(lambda clip: system.predict(clip.to(device)), batches, label=audio)
+        results[audio] = measured.metrics
+        if measured.classes is not None:
+            classes[audio] = measured.classes.rows(class_names(args.checkpoint))
     if not world.is_main():
         return
     facts = {
@@ -109,8 +116,10 @@ def _evaluate(args: Any) -> None:
     print("  ".join(f"{name} {value}" for name, value in facts.items()), end="\n\n")
     print(results_table(results))
     if args.json is not None:
-        definitions = {key: text for key, text in DEFINITIONS.items() if any(key in row for row in results.values())}
-        write_text(args.json, json.dumps({**facts, "results": results, "definitions": definitions}, indent=1) + "\n")
+        written = {**facts, "results": results, "definitions": definitions(results)}
+        if classes:
+            written["classes"] = classes
+        write_text(args.json, json.dumps(written, indent=1) + "\n")
         print(f"\nwritten to {args.json}")
 
 

@@ -7,11 +7,16 @@ video with the masks and its own sound) and summary.json. Long videos go through
 
 A system that samples latent codes paints a mask for each of --samples draws and gives their mean. How much they differ
 is in painted/NAME/uncertainty/0001.png ...: grey, the standard deviation of the probability, 0 (black) to 0.5 (white).
+
+A system of several classes (AVSS) also says what sounds: painted/NAME/classes/0001.png ... hold class indices in the
+PASCAL VOC palette, overlay.mp4 has each class in its colour, and summary.json how much of the picture each class takes.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
@@ -45,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     # after parsing, so that --help and errors come at once
     import torch
 
-    from avs_dist.checkpoint import image_size, load_system
+    from avs_dist.checkpoint import class_names, image_size, load_system
     from avs_dist.predict import predict_video
     from avs_dist.uncertainty import set_num_samples
 
@@ -54,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     system, _ = load_system(args.checkpoint, device)
     if args.samples is not None:
         set_num_samples(system, args.samples)
-    size = image_size(args.checkpoint)
+    size, names = image_size(args.checkpoint), class_names(args.checkpoint)
+    options: dict[str, Any] = {"image_size": size, "window_s": args.window, "device": device, "class_names": names}
     for video in args.videos:
-        done = predict_video(system, video, args.out, image_size=size, window_s=args.window, device=device)
+        done = predict_video(system, video, args.out, **options)
         area = sum(second["sounding_area"] for second in done["seconds"]) / len(done["seconds"])
         print(
             f"{video}: {len(done['seconds'])} masks, {area:.1%} of the picture sounds; "
@@ -66,7 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         if "uncertainty" in done:
             spread = sum(second["mean_std"] for second in done["seconds"]) / len(done["seconds"])
             print(f"{video}: standard deviation {spread:.4f} on average; {done['uncertainty']}", flush=True)
+        if "classes" in done:
+            print(f"{video}: {_largest(done['seconds'])}; {done['classes']}", flush=True)
     return 0
+
+
+def _largest(seconds: list[dict[str, Any]], shown: int = 5) -> str:
+    """The classes that take most of the picture, on average over the seconds."""
+    total: Counter[str] = Counter()
+    for second in seconds:
+        total.update(second["class_areas"])
+    found = (f"{name} {area / len(seconds):.1%}" for name, area in total.most_common(shown))
+    return ", ".join(found) or "no class sounds"
 
 
 def _check(videos: list[Path]) -> None:

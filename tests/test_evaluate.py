@@ -17,9 +17,10 @@ import torch.multiprocessing as mp
 from sklearn.metrics import roc_auc_score
 
 from avs_dist.clip import Clip, collate
-from avs_dist.evaluate import evaluate, results_table
+from avs_dist.evaluate import definitions, evaluate, measure, results_table
 from avs_dist.launch.cli import run
 from avs_dist.metrics import SegmentationMetrics
+from avs_dist.semantic_metrics import SemanticMetrics
 from avs_dist.shards.schema import Sample
 from avs_dist.systems.base import Prediction
 
@@ -27,13 +28,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SPREAD = ["std", "std_right", "std_wrong", "error_auroc"]
 
 
-def make_samples(num_clips: int = 11) -> list[Sample]:
+def make_samples(num_clips: int = 11, num_classes: int = 2) -> list[Sample]:
     """Clips of 3 to 5 seconds with silent seconds; every fourth is labelled in its first frame only."""
     rng = np.random.default_rng(0)
     samples = []
     for i in range(num_clips):
         seconds = 3 + i % 3
         masks = (rng.random((seconds, 16, 16)) < 0.3).astype(np.uint8)
+        if num_classes > 2:
+            masks *= rng.integers(1, num_classes, masks.shape, dtype=np.uint8)
         masks[rng.random(seconds) < 0.3] = 0
         labelled = np.arange(seconds) < (1 if i % 4 == 3 else seconds)
         samples.append(
@@ -57,6 +60,12 @@ def predict(clip: Clip) -> Prediction:
 def predict_several(clip: Clip) -> Prediction:
     """The same mask with a variance, 0 to 0.25: brightness of the green channel."""
     return replace(predict(clip), variance_BTHW=clip.frames_BTCHW[:, :, 1].sigmoid() / 4)
+
+
+def predict_classes(clip: Clip) -> Prediction:
+    """Background, or the brightest of red, green and blue; a frame of padding is equal in all of them."""
+    class_logits = torch.cat([torch.zeros_like(clip.frames_BTCHW[:, :, :1]), clip.frames_BTCHW], dim=2)
+    return replace(predict_several(clip), class_logits_BTKHW=class_logits)
 
 
 def batches_of(
@@ -129,19 +138,53 @@ def test_published_batch_size_is_a_choice_of_the_metric():
     assert one["f_score_batched"] != four["f_score_batched"]
 
 
+def test_classes_of_the_frames_that_count():
+    """Neither padding, where truth and prediction agree on background, nor a frame without a label."""
+    samples = make_samples(num_classes=4)
+    expected = SemanticMetrics(4)
+    for sample in samples:
+        clip, kept = collate([sample]), torch.from_numpy(sample.labelled_T)
+        with torch.no_grad():
+            class_logits = predict_classes(clip).class_logits_BTKHW
+        expected.update(class_logits[0][kept], clip.masks_BTHW[0][kept])
+    plain = list(batches_of(samples, 4))
+    measured = measure(predict_classes, plain)
+    without_spread = {key: value for key, value in measured.metrics.items() if key not in SPREAD}
+    assert without_spread == expected.compute()
+    assert measured.classes is not None
+    assert [row["frames"] for row in measured.classes.rows()] == expected.results()[1].frames_K.tolist()
+    assert {"miou", "frames", "frames_with_sound"} <= set(measured.metrics)
+    # the deviation of the sounding probability, as without classes
+    spread = evaluate(predict_several, [(binary(clip), positions) for clip, positions in plain])
+    assert {key: measured.metrics[key] for key in SPREAD} == {key: spread[key] for key in SPREAD}
+
+    marked = [(replace(clip, labelled_BT=clip.labelled_BT | ~clip.valid_BT), positions) for clip, positions in plain]
+    assert not all(bool(clip.valid_BT.all()) for clip, _ in plain)
+    assert evaluate(predict_classes, marked) == measured.metrics
+    for batch_size in (1, 3, 20):
+        assert evaluate(predict_classes, batches_of(samples, batch_size)) == measured.metrics
+    assert measure(predict, batches_of(make_samples(), 4)).classes is None
+
+
+def binary(clip: Clip) -> Clip:
+    return replace(clip, masks_BTHW=(clip.masks_BTHW > 0).to(torch.uint8))
+
+
 def _rank_main(rank: int, size: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     results = evaluate(predict_several, batches_of(make_samples(), 2, rank, size))
-    torch.save(results, f"{out}.{rank}")
+    classes = evaluate(predict_classes, batches_of(make_samples(num_classes=4), 2, rank, size))
+    torch.save((results, classes), f"{out}.{rank}")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_world_size_does_not_change_a_bit(size, tmp_path: Path):
     expected = evaluate(predict_several, batches_of(make_samples(), 4))
+    classes = evaluate(predict_classes, batches_of(make_samples(num_classes=4), 4))
     mp.spawn(_rank_main, (size, str(tmp_path / "store"), str(tmp_path / "out")), nprocs=size)
     for rank in range(size):
-        assert torch.load(tmp_path / f"out.{rank}", weights_only=True) == expected
+        assert torch.load(tmp_path / f"out.{rank}", weights_only=True) == (expected, classes)
 
 
 def test_unlabelled_data_is_an_error():
@@ -173,6 +216,23 @@ def test_table_shows_a_spread_where_there_is_one():
     assert lines[1].split()[-4:] == [f"{row[name]:.4f}" for name in SPREAD]
     assert lines[-1].startswith("AUROC")
     assert lines[-5].endswith("(batches of 4)")
+
+
+def test_table_of_classes():
+    row = evaluate(predict_classes, batches_of(make_samples(num_classes=4), 4))
+    text = results_table({"real": row, "muted": {**row, "miou": row["miou"] - 0.125}})
+    lines = text.splitlines()
+    columns = ["mIoU", "mIoU -bg", "present", "set", "set -bg", "F", "F -bg", "F present"]
+    assert lines[0].split("  ", 1)[1].split() == " ".join([*columns, "std std right std wrong AUROC"]).split()
+    keys = ["miou", "miou_no_background", "miou_present", "miou_dataset", "miou_dataset_no_background", "f_score",
+            "f_score_no_background", "f_score_present", *SPREAD]  # fmt: skip
+    assert lines[1].split() == ["real", *(f"{row[key]:.4f}" for key in keys)]
+    assert "real - muted: +0.1250 mIoU" in text
+    assert "a class never seen counts 0" in text
+    for binary_text in ("threshold", "silent frame", "batches of"):
+        assert binary_text not in text
+    # the file also explains what the table has no room for
+    assert set(definitions({"real": row})) == set(row) - {"frames", "frames_with_sound"}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -157,6 +158,62 @@ def test_model_row_paints_where_the_probability_is_high(tmp_path):
     inside = orange[12 * factor : 20 * factor, 14 * factor : 26 * factor].mean()
     outside = orange[26 * factor :, :].mean()
     assert inside > 100 > 60 > outside
+
+
+def semantic_panel(with_truth: bool = True) -> Panel:
+    """Class 1 is found by half, class 9 is predicted where nothing is; the last second should be empty."""
+    panel = make_panel(with_truth=False)
+    truth, classes = np.zeros((2, 5, 32, 48), np.uint8)
+    truth[:-1, 8:24, 10:30] = 1
+    classes[:-1, 8:16, 10:30] = 1
+    classes[1, 28:, 40:] = 9
+    classes[-1, :8] = 9
+    names = ("background", "man & dog", *(f"thing {k}" for k in range(2, 71)))
+    return replace(panel, truth_THW=truth if with_truth else None, classes_THW=classes, class_names=names)
+
+
+def picture(page: Page, alt: str) -> np.ndarray:
+    """At the size of the panel."""
+    (source,) = [a["src"] for tag, a in page.tags if tag == "img" and a.get("alt") == alt]
+    enlarged = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB")).astype(int)
+    factor = enlarged.shape[0] // 32
+    return enlarged[factor // 2 :: factor, factor // 2 :: factor]
+
+
+def test_classes_have_their_colours_and_a_legend(tmp_path):
+    page = write(tmp_path / "report.html", panels=[semantic_panel()])
+    text = re.sub(r"\s+", " ", page.text)
+    assert "each class in its colour" in text
+    assert "man & dog thing 9" in text
+    assert "what the model paints" not in text
+    legend = [style for style in page.attributes("style") if "#800000" in style or "#c00000" in style]
+    assert legend == ["background:#800000", "background:#c00000"]  # 1 and 9 of the VOC palette
+    # class 1 alone; then the mean with class 9, which is nowhere right; a quarter of the last second is painted
+    assert text.count("IoU 0.50") == 3
+    assert text.count("IoU 0.25") == 1
+    assert "silent, 75% empty" in text
+    for alt, painted in (("truth, second 2", np.s_[10:22, 12:28]), ("model, second 2", np.s_[10:14, 12:28])):
+        shown = picture(page, alt)
+        assert np.abs(shown[painted].mean(axis=(0, 1)) - (0.85 * np.array([128, 0, 0]) + 0.15 * 84)).max() < 12
+        outside = shown[2:6, 2:40].mean(axis=(0, 1))  # the frame in grey, where nothing sounds
+        assert np.ptp(outside) < 25
+        assert np.abs(outside - 84).max() < 25
+    without_truth = write(tmp_path / "report.html", panels=[semantic_panel(with_truth=False), make_panel()])
+    assert "what the model paints" in without_truth.text  # of the other panel
+    assert "man & dog" in without_truth.text
+
+
+def test_numbers_of_classes_are_explained(tmp_path):
+    semantic = {"miou": 0.3, "miou_no_background": 0.29, "miou_present": 0.31, "miou_dataset": 0.4, "f_score": 0.35}
+    semantic |= {"frames": 200, "frames_with_sound": 158, "std": 0.1}
+    text = write(
+        tmp_path / "report.html", panels=[], results={"real": semantic, "muted": {**semantic, "miou": 0.1}}
+    ).text
+    assert "a class never seen counts 0" in text
+    assert "Precision and recall of each class" in text
+    assert "mIoU -bg" in text
+    assert "(sounding or not)" in text
+    assert "threshold" not in text
 
 
 def test_parts_without_data_are_left_out(tmp_path):
