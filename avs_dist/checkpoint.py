@@ -31,7 +31,15 @@ MANIFEST = "manifest.json"
 _FREE_TO_CHANGE = ("out_dir", "max_steps", "eval_every", "log_every", "resume", "init_from")
 
 
-def save(engine: Engine, config: Config, *, step: int, image_size: int, metrics: dict[str, float]) -> Path:
+def save(
+    engine: Engine,
+    config: Config,
+    *,
+    step: int,
+    image_size: int,
+    metrics: dict[str, float],
+    classes: tuple[str, ...] | None = None,
+) -> Path:
     """Write the checkpoint of `step` (collective) and point last.json, and if it scores highest best.json, to it."""
     root = _root(config.train.out_dir)
     final = root / f"step-{step:06d}"
@@ -46,7 +54,7 @@ def save(engine: Engine, config: Config, *, step: int, image_size: int, metrics:
     if world.is_main():
         save_file(weights, staging / "model.safetensors")
         (staging / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        seal(staging, config, step=step, image_size=image_size, metrics=metrics)
+        seal(staging, config, step=step, image_size=image_size, metrics=metrics, classes=classes)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
         _point(root, final, step, metrics)
@@ -155,6 +163,12 @@ def _verify_listed(folder: Path, name: str) -> None:
 def image_size(checkpoint: str | Path) -> int:
     """Side in pixels of the frames the checkpoint was trained on."""
     return int(_manifest(find_checkpoint(checkpoint))["image_size"])
+
+
+def class_names(checkpoint: str | Path) -> tuple[str, ...] | None:
+    """Names of the classes of a semantic system, the first is the background; None for sounding or silent."""
+    names = _manifest(find_checkpoint(checkpoint)).get("classes")
+    return tuple(names) if names else None
 
 
 def _root(out_dir: str | Path) -> Path:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PREDICTION = -1  # the step of draws that belong to no step
+
 
 class ClipDraws:
     """Independent numbers for every clip and purpose.
@@ -25,6 +27,13 @@ class ClipDraws:
     def __init__(self, seed: int, step: int, keys: Sequence[str]) -> None:
         self._occasion = f"{seed}/{step}"
         self._keys = keys
+
+    @classmethod
+    def for_prediction(cls, seed: int, keys: Sequence[str], generator: torch.Generator | None = None) -> ClipDraws:
+        """Draws outside of training; a generator draws another seed, without it the same clip gets the same again."""
+        if generator is not None:
+            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        return cls(seed, PREDICTION, keys)
 
     def normal(self, purpose: str, *shape: int) -> Tensor:
         """Standard normal float32 [B, *shape] on the CPU; the first rows do not depend on how many there are."""

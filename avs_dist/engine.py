@@ -88,7 +88,8 @@ class Engine:
         )
 
     def train_step(self, micro_batches: list[Clip], step: int) -> dict[str, float]:
-        """One optimiser step over the rank's micro-batches; returns the loss terms, averaged over all ranks.
+        """One optimiser step over the rank's micro-batches; returns the loss terms, and what the system observed,
+        averaged over all ranks.
 
         Raises:
             RuntimeError: the loss is not finite; raised on every rank, before the weights are touched.
@@ -101,7 +102,7 @@ class Engine:
         for clip in micro_batches:
             terms = self._engine("loss_terms", clip.to(self.device, self.dtype), step)
             loss = torch.stack(list(terms.values())).sum()
-            for name, value in {"loss": loss, **terms}.items():
+            for name, value in {"loss": loss, **terms, **self.system.take_observed()}.items():
                 share = value.detach().double() / len(micro_batches)
                 totals[name] = totals[name] + share if name in totals else share
             if clip is micro_batches[-1]:

@@ -46,7 +46,7 @@ def train(config: Config) -> Path:
 def _train(config: Config, device: torch.device) -> Path:
     micro_batch_size(config)  # fail before anything expensive is built
     index = ShardIndex.load(config.data.shards)
-    _check_splits(index, config)
+    _check_data(index, config)
     previous = _previous_run(config)
     torch.manual_seed(config.seed)
     init_from = None if previous else config.train.init_from
@@ -68,7 +68,14 @@ def _train(config: Config, device: torch.device) -> Path:
             if _due(step + 1, config):
                 metrics, codes = _evaluate(engine, config)
                 log.evaluation(step + 1, metrics, codes)
-                saved = checkpoint.save(engine, config, step=step + 1, image_size=index.image_size, metrics=metrics)
+                saved = checkpoint.save(
+                    engine,
+                    config,
+                    step=step + 1,
+                    image_size=index.image_size,
+                    metrics=metrics,
+                    classes=index.classes,
+                )
     if saved is None:
         raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
     if world.is_main():
@@ -76,8 +83,15 @@ def _train(config: Config, device: torch.device) -> Path:
     return saved
 
 
-def _check_splits(index: ShardIndex, config: Config) -> None:
-    """Refuse before the first step what would otherwise fail at the first evaluation."""
+def _check_data(index: ShardIndex, config: Config) -> None:
+    """Refuse before the first step what would otherwise fail in the middle of the run."""
+    num_classes = len(index.classes) if index.classes else 1
+    if num_classes != config.model.num_classes:
+        loss = "cross_entropy" if num_classes > 1 else "bce"
+        raise ValueError(
+            f"model.num_classes={config.model.num_classes}: the masks in {config.data.shards} have {num_classes}; set "
+            f"model.num_classes={num_classes} and loss.segmentation={loss}"
+        )
     for key in ("train_split", "eval_split"):
         split = getattr(config.data, key)
         if not any(clip.labelled for shard in index.split(split) for clip in shard.clips):

@@ -10,22 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avs_dist.modules.decoder import (
-    Decoder,
-    NearestDecoder,
-    ResidualConvUnit,
-    TopDownDecoder,
-    build_decoder,
-)
+from avs_dist.config import DecoderConfig
+from avs_dist.modules.decoder import Decoder, MaskDecoder, NearestDecoder, ResidualConvUnit, build_decoder
 from avs_dist.modules.neck import build_neck
 from avs_dist.modules.norm import WorldBatchNorm2d
 
 C = 16
 
 
-def make_decoder(kind: str, classes: int = 1) -> TopDownDecoder:
+def make_decoder(kind: str, classes: int = 1) -> MaskDecoder:
     """In float64; the scales, shifts and running statistics of batch normalisations are random."""
-    decoder = build_decoder(kind, C, classes).double()
+    decoder = build_decoder(DecoderConfig(kind), C, classes).double()
     for module in decoder.modules():
         if isinstance(module, WorldBatchNorm2d):
             randomise(module)
@@ -109,7 +104,8 @@ def test_residual_unit_with_and_without_the_in_place_relu():
 @pytest.mark.parametrize("kind", ["bilinear", "nearest"])
 def test_decoder_takes_any_size(size, classes, kind):
     decoder = make_decoder(kind, classes)
-    logits = decoder(make_features(2, size), size)
+    logits, mix = decoder(make_features(2, size), size)
+    assert mix is None
     assert logits.shape == (2, classes, *size)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in decoder.parameters())
@@ -127,7 +123,7 @@ def test_decoder_equals_the_published_order_of_operations():
         path = double(stage.unit(path + stage.skip_unit(skip)))
     path = F.interpolate(decoder.head_in(path), scale_factor=2, mode="bilinear", align_corners=False)
     want = decoder.head_out(F.relu(decoder.head_mid(path)))
-    torch.testing.assert_close(decoder(features, (64, 64)), want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(decoder(features, (64, 64)).logits_NKHW, want, atol=1e-5, rtol=1e-4)
 
 
 def test_decoder_keeps_the_parameters_of_its_checkpoints():
@@ -140,8 +136,8 @@ def test_decoder_keeps_the_parameters_of_its_checkpoints():
 
 @pytest.mark.parametrize("kind", ["bilinear", "nearest"])
 def test_small_decoders_keep_enough_channels_before_their_last_relu(kind):
-    assert build_decoder(kind, 128).head_mid.out_channels == {"bilinear": 16, "nearest": 32}[kind]
-    assert build_decoder(kind, 16).head_mid.out_channels == 16
+    assert build_decoder(DecoderConfig(kind), 128).head_mid.out_channels == {"bilinear": 16, "nearest": 32}[kind]
+    assert build_decoder(DecoderConfig(kind), 16).head_mid.out_channels == 16
 
 
 def tiled(x: Tensor) -> Tensor:
@@ -168,7 +164,7 @@ def test_nearest_decoder_equals_its_formula(training, odd):
         path = tiled(unit(stage.unit, path + unit(stage.skip_unit, skip)))
     path = tiled(decoder.head_in(path))
     want = decoder.head_out(F.relu(decoder.head_mid(path)))
-    torch.testing.assert_close(decoder(features, (4 * edges[0][0], 4 * edges[0][1])), want)
+    torch.testing.assert_close(decoder(features, (4 * edges[0][0], 4 * edges[0][1])).logits_NKHW, want)
 
 
 def test_nearest_decoder_has_the_published_number_of_parameters():
@@ -182,10 +178,10 @@ def test_nearest_decoder_has_the_published_number_of_parameters():
 def test_painting_on_skips_is_the_whole_decoder(kind, size):
     decoder = make_decoder(kind).float()
     features = [f.float() for f in make_features(2, size)]
-    whole = copy.deepcopy(decoder)(features, size)
+    whole, _ = copy.deepcopy(decoder)(features, size)
     for given in (features, features[:3]):
         parts = copy.deepcopy(decoder)
-        assert torch.equal(parts.paint(features[3], parts.skips(given), size), whole)
+        assert torch.equal(parts.paint(features[3], parts.skips(given), size).logits_NKHW, whole)
 
 
 @pytest.mark.parametrize(("kind", "training"), [("bilinear", True), ("bilinear", False), ("nearest", False)])
@@ -202,24 +198,25 @@ def test_samples_on_shared_skips_equal_separate_calls(kind, training):
         return logits, *torch.autograd.grad((logits * weight).sin().sum(), wanted)
 
     skips = decoder.skips(fine)
-    got = outcome(torch.cat([decoder.paint(c, skips, size) for c in coarse]))
-    want = outcome(torch.cat([decoder([*fine, c], size) for c in coarse]))
+    got = outcome(torch.cat([decoder.paint(c, skips, size).logits_NKHW for c in coarse]))
+    want = outcome(torch.cat([decoder([*fine, c], size).logits_NKHW for c in coarse]))
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, atol=1e-9, rtol=1e-9)
     assert not torch.allclose(got[0][:frames], got[0][frames : 2 * frames])
 
 
 @pytest.mark.parametrize(
-    ("kind", "compat"), [("bilinear", "paper"), ("nearest", "paper"), ("nearest", "published_code")]
+    ("kind", "compat"),
+    [("bilinear", "paper"), ("nearest", "paper"), ("nearest", "published_code"), ("transformer", "published_code")],
 )
 def test_losses_see_the_features_as_they_are(kind, compat):
-    decoder = build_decoder(kind, C, compat=compat)
+    decoder = build_decoder(DecoderConfig(kind), C, compat=compat)
     features = make_features(1, (64, 64))
     assert all(torch.equal(a, b) for a, b in zip(decoder.seen_by_losses(features), features, strict=True))
 
 
 def test_losses_see_what_the_in_place_relu_leaves():
-    decoder = build_decoder("bilinear", C, compat="published_code")
+    decoder = build_decoder(DecoderConfig(), C, compat="published_code")
     features = make_features(1, (64, 64))
     assert all(torch.equal(a, b.clamp_min(0)) for a, b in zip(decoder.seen_by_losses(features), features, strict=True))
     assert all(m.rectified_skip for m in decoder.modules() if isinstance(m, ResidualConvUnit))
@@ -229,7 +226,7 @@ def test_losses_see_what_the_in_place_relu_leaves():
 def test_decoder_runs_in_bfloat16(kind):
     decoder = make_decoder(kind).float()
     features = [f.float() for f in make_features(2, (64, 96))]
-    want = copy.deepcopy(decoder).eval()(features, (64, 96))
-    got = decoder.bfloat16().eval()([f.bfloat16() for f in features], (64, 96))
+    want = copy.deepcopy(decoder).eval()(features, (64, 96)).logits_NKHW
+    got = decoder.bfloat16().eval()([f.bfloat16() for f in features], (64, 96)).logits_NKHW
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).abs().max() < 0.05 * want.abs().max()

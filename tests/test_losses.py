@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from avs_dist.losses import alignment
-from avs_dist.losses.segmentation import SEGMENTATION, binary_cross_entropy, structure_loss
+from avs_dist.losses.segmentation import (
+    SEGMENTATION,
+    binary_cross_entropy,
+    cross_entropy,
+    dice,
+    mixing_loss,
+    structure_loss,
+)
 
 B, T, C, H, W = 2, 3, 4, 2, 3  # feature maps are H x W, logits twice as large
 
@@ -223,7 +230,8 @@ def test_segmentation_losses_do_not_overflow_and_allow_no_counted_frame(name):
     assert (total.dtype, count.dtype) == (torch.float32, torch.float32)
     total.backward()
     assert torch.isfinite(logits.grad).all()
-    assert logits.grad[0, 0, 0, 0] > 0.1
+    # Dice teaches nothing where a sigmoid is saturated
+    assert logits.grad[0, 0, 0, 0] > 0.1 or name == "dice"
     none, count = SEGMENTATION[name](logits, torch.tensor([[[[0, 1]]]]), torch.zeros(1, 1, dtype=torch.bool))
     assert (none.item(), count.item()) == (0, 0)
     none.backward()
@@ -233,3 +241,98 @@ def test_structure_loss_has_the_right_gradient():
     logits = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     masks = torch.randint(0, 2, (1, 2, 3, 4))
     assert torch.autograd.gradcheck(lambda z: structure_loss(z, masks, torch.tensor([[True, False]]))[0], [logits])
+
+
+def literal_dice(logits: Tensor, mask: list[list[float]]) -> float:
+    """Dice of one frame [H,W], pixel by pixel."""
+    common = predicted = true = 0.0
+    for y, row in enumerate(mask):
+        for x, m in enumerate(row):
+            p = sigmoid(logits[y, x].item())
+            common, predicted, true = common + p * m, predicted + p, true + m
+    return 1 - (2 * common + 1) / (predicted + true + 1)
+
+
+def test_dice_equals_a_literal_loop():
+    logits = torch.randn(2, 2, 5, 7, dtype=torch.float64) * 3
+    masks = torch.randint(0, 3, (2, 2, 5, 7), dtype=torch.uint8)  # class indices count as sounding
+    masks[1, 1] = 0  # silence
+    counted = torch.tensor([[True, False], [True, True]])
+    total, count = SEGMENTATION["dice"](logits, masks, counted)
+    want = sum(literal_dice(logits[b, t], (masks[b, t] > 0).tolist()) for b, t in counted.nonzero().tolist())
+    assert count.item() == 3
+    assert total.item() == pytest.approx(want, rel=1e-12)
+    assert dice(logits.float(), masks, counted)[0].item() == pytest.approx(want, rel=1e-5)
+
+
+def test_dice_of_an_empty_mask_counts_false_pixels():
+    """n false pixels cost n / (n + 1), and there is a way down."""
+    masks, counted = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, dtype=torch.bool)
+    for n in (0, 1, 9):
+        logits = torch.full((1, 1, 8, 8), -50.0, dtype=torch.float64)
+        logits.view(-1)[:n] = 50.0
+        assert dice(logits, masks, counted)[0].item() == pytest.approx(n / (n + 1), abs=1e-12)
+    logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    dice(logits, masks, counted)[0].backward()
+    assert (logits.grad > 0).all()
+
+
+def test_mixing_loss_is_the_dice_of_the_share_of_each_cell_that_sounds():
+    mix = torch.randn(1, 3, 2, 3, dtype=torch.float64) * 3
+    masks = torch.randint(0, 3, (1, 3, 8, 15), dtype=torch.uint8)
+    masks[0, 2] = 0
+    counted = torch.tensor([[True, False, True]])
+    want = 0.0
+    for t in (0, 2):
+        on = (masks[0, t] > 0).double()
+        cells = [[on[4 * y : 4 * y + 4, 5 * x : 5 * x + 5].mean().item() for x in range(3)] for y in range(2)]
+        want += literal_dice(mix[0, t], cells)
+    total, count = mixing_loss(mix, masks, counted)
+    assert count.item() == 2
+    assert total.item() == pytest.approx(want, rel=1e-12)
+    sounding = torch.ones(1, 3, 90, 77)  # cells overlap: 90 / 23 rows
+    perfect, _ = mixing_loss(torch.full((1, 3, 23, 20), 50.0, dtype=torch.float64), sounding, counted)
+    assert perfect.item() == pytest.approx(0.0, abs=1e-12)
+    none, count = mixing_loss(mix, masks, torch.zeros(1, 3, dtype=torch.bool))
+    assert (none.item(), count.item()) == (0, 0)
+
+
+def test_cross_entropy_is_the_mean_over_pixels_of_counted_frames():
+    classes = 4
+    logits = torch.randn(2, 2, classes, H, W, dtype=torch.float64) * 3
+    masks = torch.randint(0, classes, (2, 2, H, W), dtype=torch.uint8)
+    counted = torch.tensor([[True, False], [True, True]])
+    masks[0, 1] = 255  # nobody looks at it
+    want = 0.0
+    for b, t in counted.nonzero().tolist():
+        for y in range(H):
+            for x in range(W):
+                want -= math.log(softmax(logits[b, t, :, y, x].tolist())[masks[b, t, y, x]]) / (H * W)
+    total, count = cross_entropy(logits, masks, counted)
+    assert count.item() == 3
+    assert total.item() == pytest.approx(want, rel=1e-12)
+    half, count = cross_entropy(logits.bfloat16(), masks, counted)
+    assert (half.dtype, count.dtype) == (torch.float32, torch.float32)
+    none, count = cross_entropy(logits.requires_grad_(), masks, torch.zeros(2, 2, dtype=torch.bool))
+    assert (none.item(), count.item()) == (0, 0)
+    none.backward()
+
+
+def test_cross_entropy_does_not_overflow_and_refuses_unknown_classes():
+    logits = torch.tensor([1e4, -1e4, 0.0], dtype=torch.bfloat16).view(1, 1, 3, 1, 1).requires_grad_()
+    counted = torch.ones(1, 1, dtype=torch.bool)
+    total, _ = cross_entropy(logits, torch.tensor([[[[1]]]], dtype=torch.uint8), counted)
+    assert total.item() == pytest.approx(2e4, rel=0.01)
+    total.backward()
+    torch.testing.assert_close(logits.grad.flatten().float(), torch.tensor([1.0, -1.0, 0.0]))
+    with pytest.raises(IndexError, match="out of bounds"):
+        cross_entropy(logits, torch.tensor([[[[3]]]], dtype=torch.uint8), counted)
+
+
+def test_losses_of_the_transformer_decoder_and_of_classes_have_the_right_gradients():
+    counted = torch.tensor([[True, False]])
+    masks = torch.randint(0, 3, (1, 2, 6, 4), dtype=torch.uint8)
+    full, small = (torch.randn(1, 2, *size, dtype=torch.float64, requires_grad=True) for size in ((6, 4), (3, 2)))
+    classes = torch.randn(1, 2, 3, 6, 4, dtype=torch.float64, requires_grad=True)
+    for loss, logits in ((dice, full), (mixing_loss, small), (cross_entropy, classes)):
+        assert torch.autograd.gradcheck(lambda z, f=loss: f(z, masks, counted)[0], [logits]), loss.__name__

@@ -13,7 +13,8 @@ from avs_dist.clip import Clip
 from avs_dist.config import Config, DecoderConfig, LatentConfig, LatentLossConfig, LossConfig, NeckConfig, TPAVIConfig
 from avs_dist.draws import ClipDraws
 from avs_dist.systems import build_system
-from avs_dist.systems.ecmvae import ECMVAESystem, posterior_masks
+from avs_dist.systems.ecmvae import ECMVAESystem
+from avs_dist.systems.generator import posterior_masks, see_and_hear
 from avs_dist.systems.trunk import Existing
 
 TERMS = {"prior", "posterior", "kl", "divergence", "orthogonality", "information"}
@@ -86,8 +87,8 @@ def test_standardised_codes_leave_nothing_to_gain_from_shrinking(warm):
 
 def seen_scene_codes(system: ECMVAESystem) -> tuple:
     with torch.no_grad():
-        seen = system._see(exact(make_clip()))
-        return seen, system.generator.prepare(system.trunk, seen), system._codes(seen)
+        seen = see_and_hear(system.trunk, exact(make_clip()))
+        return seen, system.generator.prepare(system.trunk, seen), system._prior_codes(seen)
 
 
 def test_padding_changes_neither_losses_nor_gradients_nor_predictions():
@@ -119,11 +120,11 @@ def test_prediction_is_mean_and_variance_over_prior_samples(warm):
     prediction = warm.predict(clip)
     draws = ClipDraws(0, -1, clip.key)
     with torch.no_grad():
-        seen = warm._see(clip)
-        scene, codes = warm.generator.prepare(warm.trunk, seen), warm._codes(seen)
+        seen = see_and_hear(warm.trunk, clip)
+        scene, codes = warm.generator.prepare(warm.trunk, seen), warm._prior_codes(seen)
         each = torch.stack(
             [
-                warm._paint(f"prior/{i}", warm.generator, seen, scene, codes, draws).logits_BTHW.sigmoid()
+                warm._paint(f"prior/{i}", warm.generator, seen, scene, codes, draws).masks.logits_BTHW.sigmoid()
                 for i in (1, 2, 3)
             ]
         )
@@ -152,7 +153,7 @@ def test_the_first_mask_stands_for_all_seconds_of_an_s4_clip(warm):
     clip = exact(make_clip())
     clip.labelled_BT[:, 1:] = False
     clip.masks_BTHW[:, 1:] = 0
-    assert torch.equal(posterior_masks(clip), (clip.masks_BTHW[:, :1] > 0).expand_as(clip.masks_BTHW))
+    assert torch.equal(posterior_masks(clip), clip.masks_BTHW[:, :1].expand_as(clip.masks_BTHW))
     repeated = replace(clip, masks_BTHW=clip.masks_BTHW[:, :1].expand_as(clip.masks_BTHW))
     for name, value in warm.loss_terms(repeated, 0).items():
         torch.testing.assert_close(warm.loss_terms(clip, 0)[name], value)
@@ -166,7 +167,7 @@ def test_the_first_mask_stands_for_all_seconds_of_an_s4_clip(warm):
 def test_masks_are_carried_forward_and_the_first_one_back():
     clip = make_clip(batch=2, frames=5, size=8)
     clip.labelled_BT[:] = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 1]], dtype=torch.bool)
-    own = clip.masks_BTHW > 0
+    own = clip.masks_BTHW
     got = posterior_masks(clip)
     for row, source in ((0, [1, 1, 1, 3, 3]), (1, [0, 0, 0, 0, 4])):
         assert torch.equal(got[row], own[row, source])

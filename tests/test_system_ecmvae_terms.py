@@ -113,7 +113,7 @@ class Literal:
         else:
             features = [self.interact(stage, x) for stage, x in enumerate(tokens)]
             painted = [*features[:3], inject(features[3])]
-        logits = generator.decoder(painted, tuple(self.pictures.shape[-2:]))[:, 0]
+        logits = generator.decoder(painted, tuple(self.pictures.shape[-2:])).logits_NKHW[:, 0]
         self.logits[path], self.features[path] = logits.unflatten(0, self.frames), features
 
     def interact(self, stage: int, x: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def test_only_the_time_aligned_block_tells_seconds_of_equal_frames_apart(time_al
     clip = make_clip().to("cpu", torch.float64)
     still = replace(clip, frames_BTCHW=clip.frames_BTCHW[:, :1].expand_as(clip.frames_BTCHW))
     with torch.no_grad():  # in training mode, as running statistics have not been collected yet
-        logits_BTHW = system._forward(still).logits_BTHW
+        logits_BTHW = system._paint(still)[1].logits_BTHW
     difference = (logits_BTHW - logits_BTHW[:, :1]).abs().max().item()
     assert (difference > 1e-3) if time_aligned else (difference < 1e-6), difference
 
@@ -180,11 +180,12 @@ def test_published_code_sums_the_kl_over_frames_and_rectifies_the_features():
     code = build_system(replace(config, model=replace(config.model, compat="published_code"))).eval()
     code.load_state_dict(paper.state_dict())
     clip = make_clip()
-    out = code._forward(clip)
+    seen, masks = code._paint(clip)
+    features = code.generator.prepare(code.trunk, seen).features
     want = 0.0
     for stage in range(4):
-        audio = code.trunk.project_audio(out.audio_BTD, stage)
-        want += ms3_kl(out.logits_BTHW, out.features[stage].relu(), audio).sum().item() / 4
+        audio = code.trunk.project_audio(seen.audio_BTD, stage)
+        want += ms3_kl(masks.logits_BTHW, features[stage].relu(), audio).sum().item() / 4
     assert code.loss_terms(clip, 0)["avm"].item() == pytest.approx(want, rel=1e-5)
     assert code.loss_terms(doubled(clip), 0)["avm"].item() == pytest.approx(2 * want, rel=1e-5)
     assert not torch.allclose(paper.predict(clip).logits_BTHW, code.predict(clip).logits_BTHW)

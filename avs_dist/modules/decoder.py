@@ -1,15 +1,18 @@
-"""Decoders: a top-down fusion of four stages, and a head at full resolution."""
+"""Decoders: a top-down fusion of four stages, and a head at full resolution; and which decoder a config asks for."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avs_dist.config import DecoderConfig
+from avs_dist.modules.mask_decoder import MaskDecoder, Painting, Skips
 from avs_dist.modules.norm import WorldBatchNorm2d
+from avs_dist.modules.transformer_decoder import TransformerMaskDecoder
 from avs_dist.modules.weights import channels_last
 
 LEAST_HEAD = 16  # channels before the last ReLU; the few of a small network can all die within some steps
@@ -61,8 +64,8 @@ class FusionStage(nn.Module):
         return self.unit(x_NCHW if skip_NCHW is None else x_NCHW + skip_NCHW)
 
 
-class TopDownDecoder(nn.Module, ABC):
-    """Stages at strides 4, 8, 16, 32 -> logits at the size of the frames.
+class TopDownDecoder(MaskDecoder):
+    """Fuses the stages from the coarsest to the finest; the audio is not listened to.
 
     The published stages have two residual units each; that of the coarsest stage's skip, which has none, is left out.
 
@@ -82,31 +85,24 @@ class TopDownDecoder(nn.Module, ABC):
         self.head_out = nn.Conv2d(last, num_classes, 1)
         channels_last(self)
 
-    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """features: four tensors [N,C,h,w], finest first; size: (H, W) of the frames -> logits [N,classes,H,W]."""
-        return self.paint(features[3], self.skips(features), size)
-
-    def skips(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """What `paint` needs of the three finer stages [N,C,h,w], finest first; a coarsest one is not looked at."""
-        skips = []
+    def skips(self, features: Sequence[Tensor], audio_ND: Tensor | None = None) -> Skips:
+        """The three finer stages after the residual units of their skips."""
+        maps = []
         for stage, x_NCHW in zip(list(self.stages)[:0:-1], features[:3], strict=True):
             assert isinstance(stage, FusionStage)
             assert stage.skip_unit is not None
-            skips.append(stage.skip_unit(x_NCHW))
-        return skips
+            maps.append(stage.skip_unit(x_NCHW))
+        return Skips(maps)
 
-    def paint(self, coarsest_NCHW: Tensor, skips: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Coarsest stage [N,C,h,w], `skips` of the others, and (H, W) of the frames -> logits [N,classes,H,W].
-
-        Several versions of the coarsest stage, as of several latent codes, can share the skips.
-        """
-        finest = skips[0].shape[-2:]
-        sizes = [(s.shape[-2], s.shape[-1]) for s in skips[::-1]] + [(2 * finest[0], 2 * finest[1])]
+    def paint(self, coarsest_NCHW: Tensor, skips: Skips, size: tuple[int, int]) -> Painting:
+        coarse_to_fine = skips.maps[::-1]
+        finest = skips.maps[0].shape[-2:]
+        sizes = [(s.shape[-2], s.shape[-1]) for s in coarse_to_fine] + [(2 * finest[0], 2 * finest[1])]
         path = coarsest_NCHW
-        for stage, skip, target in zip(self.stages, [None, *skips[::-1]], sizes, strict=True):
+        for stage, skip, target in zip(self.stages, [None, *coarse_to_fine], sizes, strict=True):
             path = self.enlarge(stage(path, skip), target)
         path = self.enlarge_head(self.head_in(path), size)
-        return self.head_out(F.relu(self.head_mid(path)))
+        return Painting(self.head_out(F.relu(self.head_mid(path))))
 
     @abstractmethod
     def enlarge(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -115,10 +111,6 @@ class TopDownDecoder(nn.Module, ABC):
     @abstractmethod
     def enlarge_head(self, x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
         """The features of the head at the size of the frames."""
-
-    def seen_by_losses(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The stage features as the AVM losses get them."""
-        return list(features)
 
 
 class Decoder(TopDownDecoder):
@@ -171,10 +163,26 @@ class NearestDecoder(TopDownDecoder):
 
 
 def build_decoder(
-    kind: Literal["bilinear", "nearest"],
+    config: DecoderConfig,
     channels: int,
     num_classes: int = 1,
     compat: Literal["paper", "published_code"] = "paper",
-) -> TopDownDecoder:
-    """The decoder of model.decoder.kind; `compat` makes no difference to "nearest", see `Decoder`."""
-    return Decoder(channels, num_classes, compat) if kind == "bilinear" else NearestDecoder(channels, num_classes)
+    audio_channels: int = 0,
+) -> MaskDecoder:
+    """The decoder of model.decoder.
+
+    Args:
+        config: model.decoder.
+        channels: C of all stages (model.neck.channels).
+        num_classes: output channels: 1 for sounding / silent, or the number of classes.
+        compat: makes a difference to "bilinear" alone, see `Decoder`.
+        audio_channels: of the audio that a "transformer" hears; 0 where nothing listens.
+
+    Raises:
+        ValueError: channels and heads of a transformer that do not fit.
+    """
+    if config.kind == "transformer":
+        return TransformerMaskDecoder(config, channels, num_classes, audio_channels)
+    if config.kind == "nearest":
+        return NearestDecoder(channels, num_classes)
+    return Decoder(channels, num_classes, compat)

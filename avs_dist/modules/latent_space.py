@@ -22,35 +22,35 @@ class JointEncoder(nn.Module):
     mask alone, for a posterior).
     """
 
-    def __init__(self, config: LatentConfig, audio_channels: int, posterior: bool) -> None:
+    def __init__(self, config: LatentConfig, audio_channels: int, mask_channels: int = 0) -> None:
         super().__init__()
         self.kind = config.joint
-        seen = FRAME_CHANNELS + posterior
+        seen = FRAME_CHANNELS + mask_channels
         if config.joint == "fused":
             self.fused = FusedEncoder(seen, audio_channels, config.dim)
         else:
             self.visual = VisualEncoder(seen, config.dim)
-            self.audio = SoundEncoder(config, audio_channels, posterior)
+            self.audio = SoundEncoder(config, audio_channels, mask_channels)
 
-    def forward(self, frames_NCHW: Tensor, audio_ND: Tensor, mask_N1HW: Tensor | None) -> Distribution:
-        seen_NCHW = _with_mask(frames_NCHW, mask_N1HW)
+    def forward(self, frames_NCHW: Tensor, audio_ND: Tensor, mask_NMHW: Tensor | None) -> Distribution:
+        seen_NCHW = _with_mask(frames_NCHW, mask_NMHW)
         if self.kind == "fused":
             return self.fused(seen_NCHW, audio_ND)
-        experts = (self.visual(seen_NCHW), self.audio(audio_ND, mask_N1HW))
+        experts = (self.visual(seen_NCHW), self.audio(audio_ND, mask_NMHW))
         return product(experts) if self.kind == "poe" else Mixture(experts)
 
 
 class SoundEncoder(nn.Module):
     """Distribution of a code of the sound; a posterior sees the mask as well."""
 
-    def __init__(self, config: LatentConfig, audio_channels: int, posterior: bool) -> None:
+    def __init__(self, config: LatentConfig, audio_channels: int, mask_channels: int = 0) -> None:
         super().__init__()
         self.encoder: nn.Module = AudioEncoder(audio_channels, config.dim)
-        if posterior:
-            self.encoder = FusedEncoder(1, audio_channels, config.dim)
+        if mask_channels:
+            self.encoder = FusedEncoder(mask_channels, audio_channels, config.dim)
 
-    def forward(self, audio_ND: Tensor, mask_N1HW: Tensor | None) -> Gaussian:
-        return self.encoder(audio_ND) if mask_N1HW is None else self.encoder(mask_N1HW, audio_ND)
+    def forward(self, audio_ND: Tensor, mask_NMHW: Tensor | None) -> Gaussian:
+        return self.encoder(audio_ND) if mask_NMHW is None else self.encoder(mask_NMHW, audio_ND)
 
 
 class LatentEncoders(nn.Module):
@@ -61,29 +61,29 @@ class LatentEncoders(nn.Module):
 
     Args:
         audio_channels: 0 where nothing listens.
-        posterior: the encoders also get the mask.
+        mask_channels: of the mask that the encoders of a posterior also get; 0 for a prior.
     """
 
-    def __init__(self, config: LatentConfig, audio_channels: int, posterior: bool) -> None:
+    def __init__(self, config: LatentConfig, audio_channels: int, mask_channels: int = 0) -> None:
         super().__init__()
         self.factorise, self.listens = config.factorise, audio_channels > 0
         if self.listens:
-            self.joint = JointEncoder(config, audio_channels, posterior)
+            self.joint = JointEncoder(config, audio_channels, mask_channels)
         if self.factorise or not self.listens:
-            self.visual = VisualEncoder(FRAME_CHANNELS + posterior, config.dim)
+            self.visual = VisualEncoder(FRAME_CHANNELS + mask_channels, config.dim)
         if self.factorise:
-            self.audio = SoundEncoder(config, audio_channels, posterior)
+            self.audio = SoundEncoder(config, audio_channels, mask_channels)
 
     def forward(
-        self, frames_NCHW: Tensor, audio_ND: Tensor | None, mask_N1HW: Tensor | None = None
+        self, frames_NCHW: Tensor, audio_ND: Tensor | None, mask_NMHW: Tensor | None = None
     ) -> dict[str, Distribution]:
         if audio_ND is None:
-            return {"z": self.visual(_with_mask(frames_NCHW, mask_N1HW))}
-        joint = self.joint(frames_NCHW, audio_ND, mask_N1HW)
+            return {"z": self.visual(_with_mask(frames_NCHW, mask_NMHW))}
+        joint = self.joint(frames_NCHW, audio_ND, mask_NMHW)
         if not self.factorise:
             return {"z": joint}
-        seen_NCHW = _with_mask(frames_NCHW, mask_N1HW)
-        return {"s_v": self.visual(seen_NCHW), "s_a": self.audio(audio_ND, mask_N1HW), "c": joint}
+        seen_NCHW = _with_mask(frames_NCHW, mask_NMHW)
+        return {"s_v": self.visual(seen_NCHW), "s_a": self.audio(audio_ND, mask_NMHW), "c": joint}
 
 
 class CodeFusion(nn.Module):
@@ -105,5 +105,5 @@ class CodeFusion(nn.Module):
         return [self.visual(visual_N2L), self.audio(audio_N2L)]
 
 
-def _with_mask(frames_NCHW: Tensor, mask_N1HW: Tensor | None) -> Tensor:
-    return frames_NCHW if mask_N1HW is None else torch.cat([frames_NCHW, mask_N1HW], 1)
+def _with_mask(frames_NCHW: Tensor, mask_NMHW: Tensor | None) -> Tensor:
+    return frames_NCHW if mask_NMHW is None else torch.cat([frames_NCHW, mask_NMHW], 1)

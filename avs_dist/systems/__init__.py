@@ -21,6 +21,10 @@ def build_system(config: Config, load_pretrained: bool = True) -> System:
         from avs_dist.systems.ecmvae import ECMVAESystem
 
         return ECMVAESystem(config, load_pretrained)
+    if config.model.system == "diffusion":
+        from avs_dist.systems.diffusion import DiffusionSystem
+
+        return DiffusionSystem(config, load_pretrained)
     from avs_dist.systems.tpavi import TPAVISystem
 
     return TPAVISystem(config, load_pretrained)

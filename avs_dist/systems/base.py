@@ -47,6 +47,19 @@ class System(nn.Module, ABC):
 
     num_samples: int | None = None  # masks that a prediction averages, of a system that draws several
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._observed: dict[str, Tensor] = {}
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Have a number of the last `loss_terms` logged beside the losses, as a mean over ranks; it trains nothing."""
+        self._observed[name] = value.detach()
+
+    def take_observed(self) -> dict[str, Tensor]:
+        """What was observed since the last call."""
+        observed, self._observed = self._observed, {}
+        return observed
+
     @abstractmethod
     def loss_terms(self, clip: Clip, step: int) -> dict[str, Tensor]:
         """Weighted loss terms (scalars, float32); the trainer sums them."""

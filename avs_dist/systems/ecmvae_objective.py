@@ -14,10 +14,11 @@ from avs_dist.draws import ClipDraws
 from avs_dist.gaussian import Gaussian, Mixture
 from avs_dist.losses import ecmvae_code, latent
 from avs_dist.losses.information import barber_agakov
-from avs_dist.losses.segmentation import SEGMENTATION
 from avs_dist.modules.latent import InformationHead, PublishedInformationHead
 from avs_dist.modules.latent_space import Distribution
-from avs_dist.systems.matching import labelled, with_mask
+from avs_dist.systems.generator import Masks
+from avs_dist.systems.matching import with_mask
+from avs_dist.systems.segmentation import segmentation_terms
 from avs_dist.systems.trunk import Existing
 from avs_dist.world import all_reduce_sum, global_mean
 
@@ -30,8 +31,7 @@ class Painted(NamedTuple):
     distributions: dict[str, Distribution]  # of N frames
     codes: dict[str, Tensor]  # samples [N,L]
     fused: list[Tensor]  # [sc_v, sc_a] or [z]
-    logits_BTHW: Tensor
-    features: list[Tensor]  # [B,T,C,h,w] of each stage, as the AVM loss gets to see them
+    masks: Masks
 
 
 class Objective(nn.Module):
@@ -43,7 +43,7 @@ class Objective(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.loss = config.loss
+        self.config = config
         self.published = config.model.compat == "published_code"
         self.weights = config.loss.latent
         self.head: InformationHead | PublishedInformationHead | None = None
@@ -84,10 +84,7 @@ class Objective(nn.Module):
 
     def _reconstruction(self, clip: Clip, path: Painted) -> Tensor:
         """Eq. 7, with sc_v and sc_a painting one mask together (section 3.5)."""
-        compare = SEGMENTATION[self.loss.segmentation]
-        if self.published and self.loss.segmentation == "structure":
-            compare = ecmvae_code.structure_loss
-        return global_mean(*compare(path.logits_BTHW, clip.masks_BTHW, labelled(clip)))
+        return torch.stack(list(segmentation_terms(self.config, clip, path.masks).values())).sum()
 
     def _divergences(self, prior: Painted, posterior: Painted, exist: Existing, draws: ClipDraws) -> dict[str, Tensor]:
         """Eq. 6: KL of the specific codes, and the divergence of the shared (or only) code; each [N]."""

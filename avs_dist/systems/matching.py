@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from avs_dist.clip import Clip
 from avs_dist.config import Config
 from avs_dist.losses import alignment
-from avs_dist.systems.trunk import NUM_STAGES
+from avs_dist.systems.generator import Masks, Seen
+from avs_dist.systems.trunk import NUM_STAGES, Trunk
 from avs_dist.world import gather_rows, global_mean, world_size
+
+
+def matching_terms(config: Config, clip: Clip, masks: Masks, trunk: Trunk, seen: Seen) -> dict[str, Tensor]:
+    """The weighted AVM loss as "avm", or nothing where none is configured."""
+    if config.loss.avm == "none":
+        return {}
+    audio = partial(trunk.project_audio, seen.audio_BTD)
+    return {"avm": config.loss.avm_weight * matching_loss(config, clip, masks.logits_BTHW, masks.features, audio)}
 
 
 def matching_loss(

@@ -1,4 +1,6 @@
-"""Table 7 of the ECMVAE paper: parameters of the networks part by part, and the time of a prediction.
+"""Parameters of the networks part by part against those that the papers state, and the time of a prediction.
+
+Published figures: Table 7 of the ECMVAE paper; section IV-B of the latent diffusion paper (second version).
 
 One clip of 5 frames of 224 x 224 with its sound goes through `System.predict` in evaluation mode, with one draw of the
 codes, from random weights.
@@ -24,21 +26,21 @@ AUDIO, UNUSED = "audio", "unused unit"
 PARTS = {
     AUDIO: ("trunk.audio_encoder.",),
     "backbone": ("trunk.backbone.",),
-    "necks": ("necks.", "generator.necks."),
+    "necks": ("generator.necks.",),
     "TPAVI": ("trunk.blocks.",),
-    "codes": ("prior.", "generator.fusion.", "generator.injection."),
-    "decoder": ("decoder.", "generator.decoder."),
-    "training only": ("posterior.", "posterior_generator.", "objective."),
+    "codes": ("prior.", "generator.fusion.", "generator.injection.", "condition_encoder.", "denoiser."),
+    "decoder": ("generator.decoder.",),
+    "training only": ("posterior.", "posterior_generator.", "objective.", "mask_encoder."),
 }
 
 
 class Model(NamedTuple):
-    """A network: the files of configs/ that make it, and what Table 7 says of it (millions, and ms on an A100)."""
+    """A network: the files of configs/ that make it, and what its paper says of it (millions, and ms on an A100)."""
 
     label: str
     configs: tuple[str, ...]
     published_m: float
-    published_ms: float
+    published_ms: float | None = None
 
 
 R50 = "resnet50.yaml"
@@ -51,6 +53,7 @@ MODELS = (
     Model("TPAVI, PVT", ("tpavi_ms3.yaml",), 101.32, 53),
     Model("ECMVAE of the paper, PVT", (PAPER,), 91.18, 46),
     Model("ECMVAE of the public code, PVT", (PAPER, CODE), 91.18, 46),
+    Model("latent diffusion, PVT", ("diffusion_ms3.yaml",), 94.48),
 )
 
 
@@ -120,34 +123,42 @@ def _clip(size: int) -> Clip:
 
 def markdown(facts: dict[str, Any], rows: list[tuple[Model, dict[str, Any]]]) -> str:
     measured = [(model, result) for model, result in rows if "parameters" in result]
-    counted = [part for part in PARTS if part != AUDIO]
-    parameters = [_line(["model", *counted, "total", "Table 7", "difference", f"with {UNUSED}"])]
-    times = [_line(["model", "p20", "p50", "p80", "Table 7 (A100)"])]
-    for table in (parameters, times):
-        table.append(_line(["---"] * (table[0].count("|") - 1)))
-    for model, result in measured:
-        parts = result["parameters"]
-        ours = total(parts)
-        cells = [*(_millions(parts[part]) for part in counted), _millions(ours), f"{model.published_m:.2f}"]
-        cells += [f"{ours / 1e6 / model.published_m - 1:+.1%}", _millions(ours + parts[UNUSED])]
-        parameters.append(_line([model.label, *cells]))
-        spread = [f"{result['ms'][name]:.1f}" for name in ("p20", "p50", "p80")]
-        times.append(_line([model.label, *spread, f"{model.published_ms:g}"]))
     audio = ", ".join(dict.fromkeys(_millions(result["parameters"][AUDIO]) for _, result in measured))
     why = [(model.label, result.get("failed") or result.get("skipped")) for model, result in rows]
     notes = [f"- {label}: {reason}" for label, reason in why if reason]
     paragraphs = [
         "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".",
-        "### models: Table 7 of the ECMVAE paper",
-        f"Parameters, millions. The frozen audio encoder ({audio}) is not counted, as in the paper; what only training "
-        "needs (posterior encoders, the public code's second generator, information head) is. Each decoder of the "
-        "public codes holds one residual unit that nothing uses; ours leave it out, the last column adds it.",
-        "\n".join(parameters),
+        "### models: sizes stated in the papers",
+        f"Parameters, millions. The frozen audio encoder ({audio}) is not counted, as in the papers; what only "
+        "training needs (posterior and mask encoders, the public code's second generator, information head) is. Each "
+        "decoder of the public codes holds one residual unit that nothing uses; ours leave it out, the last column "
+        "adds it.",
+        _parameter_table(measured),
         f"Milliseconds of one prediction: a clip of {FRAMES} frames of {SIZE} x {SIZE} ({TINY_SIZE} x {TINY_SIZE} with "
         "--tiny), sound included, one draw of the codes, from Python.",
-        "\n".join(times),
+        _time_table(measured),
     ]
     return "\n\n".join([*paragraphs, *(["Notes:\n\n" + "\n".join(notes)] if notes else [])]) + "\n"
+
+
+def _parameter_table(measured: list[tuple[Model, dict[str, Any]]]) -> str:
+    counted = [part for part in PARTS if part != AUDIO]
+    rows = [["model", *counted, "total", "published", "difference", f"with {UNUSED}"]]
+    for model, result in measured:
+        parts = result["parameters"]
+        ours = total(parts)
+        cells = [*(_millions(parts[part]) for part in counted), _millions(ours), f"{model.published_m:.2f}"]
+        cells += [f"{ours / 1e6 / model.published_m - 1:+.1%}", _millions(ours + parts[UNUSED])]
+        rows.append([model.label, *cells])
+    return _table(rows)
+
+
+def _time_table(measured: list[tuple[Model, dict[str, Any]]]) -> str:
+    rows = [["model", "p20", "p50", "p80", "published (A100)"]]
+    for model, result in measured:
+        spread = [f"{result['ms'][name]:.1f}" for name in ("p20", "p50", "p80")]
+        rows.append([model.label, *spread, "-" if model.published_ms is None else f"{model.published_ms:g}"])
+    return _table(rows)
 
 
 def as_json(facts: dict[str, Any], rows: list[tuple[Model, dict[str, Any]]]) -> dict[str, Any]:
@@ -158,5 +169,6 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:.2f}"
 
 
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
