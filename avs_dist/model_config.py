@@ -145,8 +145,9 @@ class DiffusionConfig:
         schedule: Of the noise: "cosine" (paper) or "linear".
         train_steps: Noise levels, K (paper: 20; 50 in its Fig. 5).
         steps: DDIM steps of a prediction (paper: 10).
-        spacing: Which of the K levels the steps visit: "trailing" starts at pure noise for any number of steps,
-            "leading" is the default of diffusers.
+        spacing: Which of the K levels the steps visit: "leading" (as in the DDIM paper) begins below the noisiest,
+            the farther the fewer steps; "trailing" begins with pure noise, where an error of "eps" is multiplied by
+            some hundred: take it with "v" or "x0".
         eta: Noise added in sampling: 0 = DDIM, 1 = DDPM.
         clip: Bound of the estimated code, or none.
         normalise: Zero mean and unit variance of the codes over the global batch, against drift of their scale (ours).
@@ -165,7 +166,7 @@ class DiffusionConfig:
     schedule: Literal["cosine", "linear"] = "cosine"
     train_steps: int = 20
     steps: int = 10
-    spacing: Literal["trailing", "leading"] = "trailing"
+    spacing: Literal["leading", "trailing"] = "leading"
     eta: float = 0.0
     clip: float | None = None
     normalise: bool = False

@@ -1,11 +1,12 @@
-"""The ablation tables of the ECMVAE paper (Tables 2-6) at toy scale: synthetic clips, a tiny network, few steps.
+"""The ablation tables of a paper at toy scale: synthetic clips, a tiny network, few steps.
 
-    avs-dist ablations                                     all tables; about 15 minutes on 2 free CPU cores
+    avs-dist ablations                                     Tables 2-6 of ECMVAE; about 15 minutes on 2 free CPU cores
+    avs-dist ablations --paper diffusion                   Tables III-VIII of contrastive latent diffusion
     avs-dist ablations --tables 5 --steps 1000 --out runs/table5
 
-Every row is the base configs plus one small file of configs/ecmvae; rows that stand in several tables are run once. The
-tables and their commands are written to ablations.md and ablations.json in --out, again after every row. A run that
-was stopped goes on where it was when the same command is given again.
+Every row is the base configs plus one small file of configs/ecmvae or configs/diffusion; rows that stand in several
+tables are run once. The tables and their commands are written to ablations.md and ablations.json in --out, again after
+every row. A run that was stopped goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from avs_dist.launch.ablation_tables import FROM_S4, FULL, PAPERS, S4, Paper
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
 from avs_dist.launch.stages import shown, stage
@@ -29,63 +31,6 @@ from avs_dist.shards.files import write_text
 from avs_dist.shards.schema import INDEX_FILE
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-BASE = ("demo_ecmvae.yaml",)
-FULL, S4, FROM_S4 = "full", "s4", "from_s4"  # variants without a file of their own
-
-
-class Row(NamedTuple):
-    """One row of a table; `variant` is a file of configs/ecmvae, or one of those above."""
-
-    label: str
-    variant: str
-    published: float | None  # mIoU on MS3 with PVT, in percent
-
-
-class Table(NamedTuple):
-    title: str
-    rows: tuple[Row, ...]
-
-
-TABLES = {
-    2: Table(
-        "VAE and sound",
-        (
-            Row("without audio", "table2_no_audio", 48.20),
-            Row("CVAE", "table2_cvae", 49.26),
-            Row("CMVAE", "table2_cmvae", 54.99),
-        ),
-    ),
-    3: Table(
-        "factorised codes",
-        (
-            Row("VAE, one code of 16", "table2_cmvae", 54.99),
-            Row("VAE, one code of 48", "table3_vae_48", 55.09),
-            Row("VAE, factorised, 3 x 16", "table3_factorised", 56.38),
-            Row("AE", "table3_ae", 54.00),
-            Row("AE, factorised", "table3_ae_factorised", 54.82),
-        ),
-    ),
-    4: Table(
-        "divergence of the shared code",
-        (
-            Row("KL", "table3_factorised", 56.38),
-            Row("PoE", "table4_poe", 57.35),
-            Row("MoE", "table4_moe", 57.53),
-            Row("JS", FULL, 57.84),
-            Row("JS, geometric (ours)", "table4_js_geometric", None),
-        ),
-    ),
-    5: Table(
-        "constraints",
-        (
-            Row("neither", "table5_none", 57.01),
-            Row("L_diff", "table5_diff", 57.65),
-            Row("L_sic", "table5_sic", 57.51),
-            Row("L_diff and L_sic", FULL, 57.84),
-        ),
-    ),
-    6: Table("start", (Row("from scratch", FULL, 57.84), Row("pre-trained on S4", FROM_S4, 60.81))),
-}
 HEAD = ("row", "toy mIoU", "toy F", "steps/s", "paper's MS3 mIoU", "command")
 
 
@@ -93,6 +38,7 @@ HEAD = ("row", "toy mIoU", "toy F", "steps/s", "paper's MS3 mIoU", "command")
 class Plan:
     """All that the scores depend on; clips (80% train, 10% val, 10% test), side of the frames in pixels."""
 
+    paper: Literal["ecmvae", "diffusion"]
     config: tuple[str, ...]
     clips: int
     size: int
@@ -102,14 +48,27 @@ class Plan:
 
 def build_parser() -> Parser:
     parser = Parser(prog="avs-dist ablations", description=__doc__)
-    parser.add_argument("--tables", type=Literal[2, 3, 4, 5, 6], nargs="+", default=list(TABLES), help="of the paper")
+    parser.add_argument("--paper", type=Literal["ecmvae", "diffusion"], default="ecmvae", help="whose tables")
+    parser.add_argument(
+        "--tables",
+        type=int,
+        nargs="+",
+        default=None,
+        help="of the paper: 2 to 6 of ECMVAE, 3 to 8 (Table III to VIII) of diffusion (default: all)",
+    )
     parser.add_argument(
         "--config",
         action="append",
         type=str,
-        help="base of every row; may be given several times (default: configs/demo_ecmvae.yaml)",
+        help="base of every row; may be given several times (default: configs/demo_ecmvae.yaml; of diffusion: "
+        "configs/demo_diffusion.yaml and configs/diffusion/toy.yaml)",
     )
-    parser.add_argument("--out", type=str, default="runs/ablations", help="everything is written here")
+    parser.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="everything is written here (default: runs/ablations; of diffusion: runs/ablations_diffusion)",
+    )
     parser.add_argument("--clips", type=int | None, default=None, help="clips of each setting (default: 160)")
     parser.add_argument("--size", type=int | None, default=None, help="side of the frames in pixels (default: 64)")
     parser.add_argument("--steps", type=int | None, default=None, help="steps of each training (default: 150)")
@@ -120,10 +79,11 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    started = time.monotonic()
+    started, paper = time.monotonic(), PAPERS[args.paper]
     clips, steps = (24, 6) if args.quick else (160, 150)
     plan = Plan(
-        config=tuple(args.config or map(_typed, (CONFIGS / name for name in BASE))),
+        paper=args.paper,
+        config=tuple(args.config or map(_typed, (CONFIGS / name for name in paper.base))),
         clips=clips if args.clips is None else args.clips,
         size=64 if args.size is None else args.size,
         steps=steps if args.steps is None else args.steps,
@@ -131,10 +91,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     if plan.steps < 1:
         raise ValueError(f"--steps {plan.steps}: must be at least 1")
-    out, numbers = Path(args.out), sorted(set(args.tables))
+    out, numbers = Path(args.out or paper.out), sorted(set(args.tables or paper.tables))
+    _check_tables(paper, numbers)
     warmup = _warmup_steps(plan)
     _claim(out, plan)
-    todo = [variant for variant in _variants(numbers) if not _result_file(out, variant).is_file()]
+    todo = [variant for variant in _variants(paper, numbers) if not _result_file(out, variant).is_file()]
     _write(out, plan, numbers, warmup)
     for done, variant in enumerate(todo, start=1):
         print(f"\n[{done}/{len(todo)}] {variant}, {time.monotonic() - started:.0f} s so far", flush=True)
@@ -148,9 +109,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _variants(numbers: list[int]) -> list[str]:
+def _check_tables(paper: Paper, numbers: list[int]) -> None:
+    unknown = [number for number in numbers if number not in paper.tables]
+    if unknown:
+        first, *_, last = paper.tables
+        raise ValueError(f"--tables {unknown[0]}: of {paper.title} there are {first} to {last}")
+
+
+def _variants(paper: Paper, numbers: list[int]) -> list[str]:
     """Every variant of the tables once, the S4 training before what starts from it."""
-    variants = dict.fromkeys(row.variant for number in numbers for row in TABLES[number].rows)
+    variants = dict.fromkeys(row.variant for number in numbers for row in paper.tables[number].rows)
     return [name for variant in variants for name in ((S4, FROM_S4) if variant == FROM_S4 else (variant,))]
 
 
@@ -196,7 +164,7 @@ def _shards(out: Path, setting: str, plan: Plan) -> Path:
 
 
 def _train_command(out: Path, plan: Plan, variant: str, warmup: int) -> list[str]:
-    overlay = CONFIGS / "ecmvae" / f"{variant}.yaml"
+    overlay = CONFIGS / PAPERS[plan.paper].overlays / f"{variant}.yaml"
     configs = [*plan.config, *([] if variant in (FULL, S4, FROM_S4) else [_typed(overlay)])]
     values = {
         "data.shards": out / f"shards_{_setting(variant)}",
@@ -220,13 +188,13 @@ def _typed(path: Path) -> str:
 
 def _write(out: Path, plan: Plan, numbers: list[int], warmup: int) -> None:
     """ablations.json and ablations.md with all rows that are done so far."""
-    tables: dict[str, Any] = {}
+    tables, paper = {}, PAPERS[plan.paper]
     for number in numbers:
         rows = []
-        for row in TABLES[number].rows:
+        for row in paper.tables[number].rows:
             command = shown(_train_command(out, plan, row.variant, warmup))
             rows.append({**row._asdict(), **_result(out, row.variant), "command": command})
-        tables[str(number)] = {"title": TABLES[number].title, "rows": rows}
+        tables[str(number)] = {"title": f"{paper.name(number)}: {paper.tables[number].title}", "rows": rows}
     write_text(out / "ablations.json", json.dumps({**dataclasses.asdict(plan), "tables": tables}, indent=1) + "\n")
     write_text(out / "ablations.md", _markdown(plan, tables))
 
@@ -247,10 +215,11 @@ def _markdown(plan: Plan, tables: dict[str, Any]) -> str:
         f"Toy scale: {plan.clips} synthetic clips of {plan.size} x {plan.size} pixels, a tenth of them the test split, "
         f"and {plan.steps} steps from random weights with one seed. These scores are reported, not claimed: they show "
         "that every row trains; at this scale their order says nothing about that of the paper.",
-        f"Base of all rows: {' '.join(plan.config)}. mIoU and F are those of `avs-dist evaluate`; steps/s is a median.",
+        f"Paper: {PAPERS[plan.paper].title}. Base of all rows: {' '.join(plan.config)}. "
+        "mIoU and F are those of `avs-dist evaluate`; steps/s is a median.",
     ]
-    for number, table in tables.items():
-        lines = [f"## Table {number}: {table['title']}", "", _line(HEAD), _line(["---"] * len(HEAD))]
+    for table in tables.values():
+        lines = [f"## {table['title']}", "", _line(HEAD), _line(["---"] * len(HEAD))]
         for row in table["rows"]:
             measured = [_cell(row["miou"], ".3f"), _cell(row["f_score"], ".3f"), _cell(row["steps_per_s"], ".2f")]
             lines.append(_line([row["label"], *measured, _cell(row["published"], ".2f"), f"`{row['command']}`"]))

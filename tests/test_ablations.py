@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -10,13 +11,12 @@ import pytest
 
 from avs_dist.config import Config, to_dict
 from avs_dist.launch import ablations
-from avs_dist.launch.ablations import FROM_S4, FULL, S4, TABLES
+from avs_dist.launch.ablation_tables import DIFFUSION, ECMVAE, FROM_S4, FULL, PAPERS, S4
 from avs_dist.launch.cli import run
 from avs_dist.launch.train import parse_config
 from avs_dist.systems import build_system
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-OVERLAYS = sorted(path.stem for path in (CONFIGS / "ecmvae").glob("*.yaml"))
 
 ONE_CODE = {"model.latent.factorise": False, "loss.latent.divergence": "kl"}
 NO_SOUND = {"model.tpavi.stages": [], "loss.avm": "none"}
@@ -68,9 +68,60 @@ PAPER = {
 }
 
 
-def composed(base: str, *overlays: str) -> Config:
-    files = [base, *(f"ecmvae/{name}.yaml" for name in overlays)]
-    return parse_config([word for name in files for word in ("--config", str(CONFIGS / name))])
+# Tables III-VIII of the second version of latent diffusion, PVT: S4 mIoU and F, MS3 mIoU and F; with the numbers of the
+# first version for its reading of the contrastive loss
+PAPER_DIFFUSION = {
+    "table3_encoder_decoder": (78.89, 0.881, 54.28, 0.648),
+    "table3_cvae": (79.97, 0.888, 55.21, 0.661),
+    "table3_ldm": (81.02, 0.894, 57.67, 0.698),
+    "table4_none": (80.04, 0.889, 56.12, 0.671),
+    "table4_audio": (80.29, 0.892, 56.59, 0.680),
+    "table4_visual": (80.68, 0.892, 57.21, 0.688),
+    "table5_first_version": (81.38, 0.902, 58.18, 0.709),
+    FULL: (81.51, 0.903, 59.62, 0.712),
+    "table6_8": (81.04, 0.892, 57.28, 0.689),
+    "table6_16": (81.18, 0.895, 57.98, 0.704),
+    "table6_32": (80.78, 0.891, 57.01, 0.687),
+    "table7_transformer": (82.06, 0.899, 58.36, 0.693),
+    "table7_diffusion": (82.79, 0.910, 59.94, 0.715),
+    FROM_S4: (None, None, 61.94, None),
+}
+NO_CONTRAST = {"loss.diffusion.contrastive": 0.0}
+TRANSFORMER = {"model.decoder.kind": "transformer"}
+CHANGES_DIFFUSION = {
+    "table3_encoder_decoder": {"model.system": "tpavi"},
+    "table3_cvae": {**ONE_CODE, "model.system": "ecmvae", "model.latent.dim": 24, "model.latent.spatial_noise": 0.0},
+    "table3_ldm": NO_CONTRAST,
+    "table4_none": {**NO_CONTRAST, "model.diffusion.condition": "none"},
+    "table4_audio": {**NO_CONTRAST, "model.diffusion.condition": "audio"},
+    "table4_visual": {**NO_CONTRAST, "model.diffusion.condition": "visual"},
+    "table5_first_version": {"loss.diffusion.trains": "condition"},
+    "table6_8": {"model.diffusion.dim": 8},
+    "table6_16": {"model.diffusion.dim": 16},
+    "table6_32": {"model.diffusion.dim": 32},
+    "table7_transformer": {**TRANSFORMER, "model.system": "tpavi"},
+    "table7_diffusion": TRANSFORMER,
+}
+
+# (paper, what an overlay may follow, overlay, what it changes)
+AFTER = {"ecmvae": (("ecmvae_ms3.yaml",),), "diffusion": (("diffusion_ms3.yaml",), DIFFUSION.base)}
+COMPOSED = [
+    (paper, base, name, changes)
+    for paper, every in (("ecmvae", CHANGES), ("diffusion", CHANGES_DIFFUSION))
+    for base in AFTER[paper]
+    for name, changes in every.items()
+]
+PUBLISHED = {"ecmvae": PAPER, "diffusion": PAPER_DIFFUSION}
+NOT_A_ROW = {"ecmvae": {"published_code"}, "diffusion": {"toy"}}
+
+
+@functools.cache
+def composed(*names: str) -> Config:
+    return parse_config([word for name in names for word in ("--config", str(CONFIGS / name))])
+
+
+def overlays(paper: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / PAPERS[paper].overlays).glob("*.yaml"))
 
 
 def flat(values: dict, path: str = "") -> dict:
@@ -80,49 +131,91 @@ def flat(values: dict, path: str = "") -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_an_overlay_changes_what_its_row_says_and_nothing_else(name):
-    before, after = (flat(to_dict(composed("ecmvae_ms3.yaml", *names))) for names in ((), (name,)))
-    assert {key: value for key, value in after.items() if value != before[key]} == CHANGES[name]
+@pytest.mark.parametrize(("paper", "base", "name", "changes"), COMPOSED)
+def test_an_overlay_changes_what_its_row_says_and_nothing_else(paper, base, name, changes):
+    before, after = (flat(to_dict(composed(*base, *files))) for files in ((), (f"{paper}/{name}.yaml",)))
+    assert {key: value for key, value in after.items() if value != before[key]} == changes
+
+
+def test_every_overlay_is_checked_above():
+    assert set(overlays("ecmvae")) == set(CHANGES)
+    assert set(overlays("diffusion")) == set(CHANGES_DIFFUSION) | {"toy"}
 
 
 def test_the_public_code_has_its_weights_and_mirrors():
-    config = composed("ecmvae_s4.yaml", "published_code")
+    config = composed("ecmvae_s4.yaml", "ecmvae/published_code.yaml")
     assert config.data.mirror == 0.3
     assert config.loss.latent.orthogonality == 0.001
     assert config.model.neck.channels == 128
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_the_head_of_an_overlay_says_command_and_published_scores(name):
-    head = (CONFIGS / "ecmvae" / f"{name}.yaml").read_text()
-    assert f"avs-dist train --config configs/ecmvae_ms3.yaml --config configs/ecmvae/{name}.yaml\n" in head
-    if name == "table4_js_geometric":
-        assert "# published: none" in head
-        return
-    s4, s4_f, ms3, ms3_f = PAPER[FULL if name == "published_code" else name]
-    scores = [f"{miou:.2f}" + (f" / {100 * f:.1f}" if f else "") for miou, f in ((s4, s4_f), (ms3, ms3_f))]
-    assert f"# published: S4 {scores[0]}, MS3 {scores[1]} (mIoU" in head
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_head_of_an_overlay_says_command_and_published_scores(paper):
+    scores = PUBLISHED[paper]
+    for name in set(overlays(paper)) - {"toy"}:
+        head = (CONFIGS / paper / f"{name}.yaml").read_text()
+        assert f"avs-dist train --config configs/{paper}_ms3.yaml --config configs/{paper}/{name}.yaml\n" in head
+        if name == "table4_js_geometric":
+            assert "# published: none" in head
+            continue
+        s4, s4_f, ms3, ms3_f = scores[FULL if name == "published_code" else name]
+        parts = [f"{miou:.2f}" + (f" / {100 * f:.1f}" if f else "") for miou, f in ((s4, s4_f), (ms3, ms3_f))]
+        assert f"# published: S4 {parts[0]}, MS3 {parts[1]} (mIoU" in head
 
 
-def test_the_rows_of_the_tables_are_those_of_the_paper():
-    for table in TABLES.values():
-        for row in table.rows:
-            assert row.published == (PAPER[row.variant][2] if row.variant in PAPER else None), row
-    named = {row.variant for table in TABLES.values() for row in table.rows}
-    assert named - {FULL, FROM_S4} == set(OVERLAYS) - {"published_code"}
-    variants = {number: [row.variant for row in table.rows] for number, table in TABLES.items()}
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_rows_of_the_tables_are_those_of_the_paper(paper):
+    rows = [row for table in PAPERS[paper].tables.values() for row in table.rows]
+    for row in rows:
+        assert row.published == (PUBLISHED[paper][row.variant][2] if row.variant in PUBLISHED[paper] else None), row
+    assert {row.variant for row in rows} - {FULL, FROM_S4} == set(overlays(paper)) - NOT_A_ROW[paper]
+
+
+def test_a_variant_that_stands_in_several_tables_is_one():
+    variants = {number: [row.variant for row in table.rows] for number, table in ECMVAE.tables.items()}
     assert variants[2][2] == variants[3][0]  # CMVAE is one code of 16
     assert variants[3][2] == variants[4][0]  # factorised, without constraints, is KL
     assert variants[4][3] == variants[5][3] == variants[6][0] == FULL
     assert [len(variants[number]) for number in (2, 3, 4, 5, 6)] == [3, 5, 5, 4, 2]
+    variants = {number: [row.variant for row in table.rows] for number, table in DIFFUSION.tables.items()}
+    assert variants[3][2] == variants[4][3] == variants[5][0]  # LDM, audio-visual, without contrastive loss
+    assert variants[5][2] == variants[6][2] == variants[8][0] == FULL
+    assert [len(variants[number]) for number in (3, 4, 5, 6, 7, 8)] == [3, 4, 3, 4, 2, 2]
 
 
-@pytest.mark.parametrize("name", [*sorted(set(OVERLAYS) - {"published_code"}), None])
-def test_every_row_builds_at_toy_scale(name):
-    overlays = [] if name is None else ["--config", str(CONFIGS / "ecmvae" / f"{name}.yaml")]
-    base = [word for file in ablations.BASE for word in ("--config", str(CONFIGS / file))]
-    build_system(parse_config([*base, *overlays]), load_pretrained=False)
+def test_the_toy_base_of_latent_diffusion_has_the_codes_of_the_paper_and_a_small_decoder():
+    toy, paper = composed(*DIFFUSION.base).model, composed("diffusion_ms3.yaml").model
+    assert toy.diffusion.dim == paper.diffusion.dim == 24
+    assert (toy.decoder.queries, toy.decoder.layers, toy.decoder.heads) == (16, 2, 4)
+    assert (paper.decoder.queries, paper.decoder.layers, paper.decoder.heads) == (300, 6, 8)
+    assert toy.decoder.kind == paper.decoder.kind == "bilinear"
+
+
+ROWS = [(paper, name) for paper in PAPERS for name in (None, *sorted(set(overlays(paper)) - NOT_A_ROW[paper]))]
+
+
+@pytest.mark.parametrize(("paper", "name"), ROWS)
+def test_every_row_builds_at_toy_scale(paper, name):
+    files = [*PAPERS[paper].base, *([] if name is None else [f"{paper}/{name}.yaml"])]
+    build_system(composed(*files), load_pretrained=False)
+
+
+EPOCHS = {"s4": (3452, 15), "ms3": (296, 30), "avss": (8498, 60)}  # clips of the training split, epochs
+
+
+@pytest.mark.parametrize("setting", EPOCHS)
+@pytest.mark.parametrize("system", ["tpavi", "ecmvae", "diffusion"])
+def test_the_configs_of_the_papers_train_for_their_epochs(system, setting):
+    config = composed(f"{system}_{setting}.yaml")
+    clips, epochs = EPOCHS[setting]
+    assert config.train.max_steps * config.train.global_batch == clips * epochs
+    assert config.train.max_steps % config.train.eval_every == 0
+    assert config.model.system == system
+    assert config.model.num_classes == (71 if setting == "avss" else 1)
+    assert (config.loss.segmentation == "cross_entropy") == (setting == "avss")
+    transformer = composed(f"{system}_{setting}.yaml", "transformer_decoder.yaml")
+    assert (transformer.model.decoder.kind, transformer.model.neck.channels) == ("transformer", 256)
+    assert transformer.model.neck.channels % transformer.model.decoder.heads == 0
 
 
 def finished(out: Path, variant: str, miou: float) -> None:
@@ -138,13 +231,14 @@ def finished(out: Path, variant: str, miou: float) -> None:
 def test_finished_rows_are_not_run_again_and_stand_in_every_table(tmp_path, capsys):
     """All rows of tables 4 and 5 are there: the command only writes the tables."""
     out = tmp_path / "out"
-    variants = dict.fromkeys(row.variant for number in (4, 5) for row in TABLES[number].rows)
+    variants = dict.fromkeys(row.variant for number in (4, 5) for row in ECMVAE.tables[number].rows)
     for index, variant in enumerate(variants):
         finished(out, variant, index / 10)
     assert run("ablations", ["--tables", "5", "4", "--out", str(out), "--steps", "30", "--seed", "7"]) == 0
     text = (out / "ablations.md").read_text()
     assert text.startswith("Toy scale: ")
     assert "reported, not claimed" in text.splitlines()[0]
+    assert "Paper: ECMVAE. Base of all rows: " in text
     assert text in capsys.readouterr().out
     assert re.findall(r"^## Table (\d)", text, re.MULTILINE) == ["4", "5"]
     written = json.loads((out / "ablations.json").read_text())
@@ -158,8 +252,30 @@ def test_finished_rows_are_not_run_again_and_stand_in_every_table(tmp_path, caps
     assert not list(out.glob("clips*"))  # nothing was made
 
 
+def test_tables_of_latent_diffusion_have_roman_numbers_and_rows_that_are_run_once(tmp_path, capsys):
+    out = tmp_path / "out"
+    for variant in ("table3_encoder_decoder", "table3_cvae", "table3_ldm", "table5_first_version", FULL):
+        finished(out, variant, 0.5)
+    assert run("ablations", ["--paper", "diffusion", "--tables", "3", "5", "--out", str(out)]) == 0
+    text = (out / "ablations.md").read_text()
+    assert re.findall(r"^## (.*)", text, re.MULTILINE) == ["Table III: latent diffusion", "Table V: L_contrastive"]
+    assert [cells.split(" | ")[-2] for cells in text.splitlines() if cells.startswith("| second version")] == ["59.62"]
+    assert text.count("--config configs/diffusion/table3_ldm.yaml") == 2
+    assert text.count("| 57.67 |") == 2
+    assert not list(out.glob("clips*"))  # nothing was made
+
+
+@pytest.mark.parametrize(("paper", "table", "there"), [("ecmvae", "7", "2 to 6"), ("diffusion", "2", "3 to 8")])
+def test_a_table_that_the_paper_does_not_have(paper, table, there, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("ablations", ["--paper", paper, "--tables", table, "--out", str(out)]) == 2
+    assert capsys.readouterr().err.endswith(f"there are {there}\n")
+    assert not out.exists()
+
+
 def test_the_command_of_a_row_is_the_command_that_ran(tmp_path):
-    plan = ablations.Plan(("configs/demo.yaml", "configs/demo_ecmvae.yaml"), clips=20, size=64, steps=300, seed=7)
+    files = ("configs/demo.yaml", "configs/demo_ecmvae.yaml")
+    plan = ablations.Plan("ecmvae", files, clips=20, size=64, steps=300, seed=7)
     for variant, data in ((FULL, "ms3"), (S4, "s4"), (FROM_S4, "ms3"), ("table4_poe", "ms3")):
         command = ablations._train_command(tmp_path, plan, variant, warmup=30)
         config = parse_config(command[1:])
@@ -171,14 +287,16 @@ def test_the_command_of_a_row_is_the_command_that_ran(tmp_path):
 
 
 def test_s4_is_trained_before_what_starts_from_it():
-    assert ablations._variants([6]) == [FULL, S4, FROM_S4]
-    every = ablations._variants([2, 3, 4, 5, 6])
-    assert len(every) == len(set(every)) == 16
+    assert ablations._variants(ECMVAE, [6]) == [FULL, S4, FROM_S4]
+    assert ablations._variants(DIFFUSION, [8]) == [FULL, S4, FROM_S4]
+    for paper, count in ((ECMVAE, 16), (DIFFUSION, 15)):
+        every = ablations._variants(paper, list(paper.tables))
+        assert len(every) == len(set(every)) == count
 
 
 def test_a_folder_belongs_to_one_plan(tmp_path, capsys):
     out = tmp_path / "out"
-    for row in TABLES[6].rows:
+    for row in ECMVAE.tables[6].rows:
         finished(out, row.variant, 0.5)
     finished(out, S4, 0.5)
     words = ["--tables", "6", "--out", str(out)]
@@ -187,6 +305,8 @@ def test_a_folder_belongs_to_one_plan(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "holds rows of other settings (steps 150 there, 301 here)" in said
     assert said.count("\n") == 1
+    assert run("ablations", ["--paper", "diffusion", "--out", str(out)]) == 2
+    assert "(paper ecmvae there, diffusion here; config " in capsys.readouterr().err
 
 
 @pytest.mark.slow

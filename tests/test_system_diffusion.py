@@ -26,7 +26,7 @@ from avs_dist.systems import build_system
 from avs_dist.systems.diffusion import DiffusionSystem, set_num_steps
 from avs_dist.systems.generator import see_and_hear
 
-SMALL = DiffusionConfig(dim=4, hidden=8, widths=(16,) * 7, steps=3, samples=2)
+SMALL = DiffusionConfig(dim=4, hidden=8, widths=(16,) * 7, steps=3, spacing="trailing", samples=2)
 
 
 def diffusion_config(loss: DiffusionLossConfig | None = None, model: dict | None = None, **diffusion: object) -> Config:

@@ -48,8 +48,8 @@ class Denoiser(nn.Module):
         dim: D, numbers in a latent.
         condition_dim: E, numbers in a condition; 0 = unconditional.
         widths: outputs of all layers but the last (the paper has eight layers).
-        skips: add the output of layer j to the input of layer L-1-j, counted from 0 (the paper has an encoder of four
-            layers and a decoder of four; links are ours).
+        skips: add the output of layer j to the input of layer L-1-j, from 0 (ours; the paper says the first four layers
+            are an encoder and the last four a decoder).
 
     Raises:
         ValueError: layers wider than the sampling kernel takes, or widths that do not fit the skips.
