@@ -22,8 +22,8 @@ COMMANDS = {
     "train": "train a system",
     "evaluate": "measure a checkpoint, with real, muted or swapped sound",
     "predict": "paint what sounds on any video file",
-    "report": "draw the latent codes of a checkpoint",
-    "ablations": "the ablation tables of the ECMVAE paper at toy scale",
+    "report": "draw latent codes, or the score over denoising steps",
+    "ablations": "the ablation tables of the papers at toy scale",
     "demo": "all of these in a row, on synthetic clips and a real film",
     "bench": "time the hot spots against their references",
 }

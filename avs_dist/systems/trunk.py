@@ -53,7 +53,7 @@ class Trunk(nn.Module):
         if not set(model.tpavi.stages) <= set(range(NUM_STAGES)):
             raise ValueError(f"model.tpavi.stages: stages are 0 (finest) to 3, got {list(model.tpavi.stages)}")
         self.audio_encoder = None  # where nothing listens, as every parameter must get a gradient
-        if model.tpavi.stages and model.tpavi.key != "visual":
+        if (model.tpavi.stages and model.tpavi.key != "visual") or model.decoder.kind == "transformer":
             self.audio_encoder = build_audio_encoder(model.audio.kind, model.audio.weights, load_pretrained)
         self.backbone = Backbone(model.backbone.name, model.backbone.weights if load_pretrained else "none")
         self.blocks = nn.ModuleDict(
