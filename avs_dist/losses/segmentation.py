@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from avs_dist.precision import at_least_float32
 
 EDGE_WINDOW = 31  # pixels
 EDGE_EMPHASIS = 5.0
@@ -65,7 +66,7 @@ def cross_entropy(class_logits_BTKHW: Tensor, masks_BTHW: Tensor, counted_BT: Te
         IndexError: a class >= K (on a GPU this is a device-side assertion, so that the host need not wait).
     """
     # only the counted ones: K maps of every frame are large, and one frame in ten may carry a mask
-    logits_NKHW = in_float32(class_logits_BTKHW[counted_BT])
+    logits_NKHW = at_least_float32(class_logits_BTKHW[counted_BT])
     loss_NHW = F.cross_entropy(logits_NKHW, masks_BTHW[counted_BT].long(), reduction="none")
     return loss_NHW.mean((1, 2)).sum(), counted_BT.sum().to(loss_NHW.dtype)
 
@@ -79,13 +80,8 @@ SEGMENTATION: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]
 
 def counted_frames(logits_BTHW: Tensor, masks_BTHW: Tensor, counted_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and binary masks [N,H,W] of the counted frames, both in float32 (float64 if the logits are)."""
-    logits_NHW = in_float32(logits_BTHW[counted_BT])
+    logits_NHW = at_least_float32(logits_BTHW[counted_BT])
     return logits_NHW, (masks_BTHW[counted_BT] > 0).to(logits_NHW.dtype)
-
-
-def in_float32(value: Tensor) -> Tensor:
-    """`value` in float32; float64 stays."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def dice_loss(logits_NHW: Tensor, mask_NHW: Tensor) -> Tensor:

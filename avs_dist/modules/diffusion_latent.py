@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from avs_dist.modules.latent import ConvStack
 from avs_dist.modules.weights import channels_last
+from avs_dist.precision import at_least_float32
 
 Condition = Literal["audio_visual", "audio", "visual", "none"]
 WIDTHS = (16, 32, 64, 64, 64)
@@ -88,7 +89,7 @@ class ConditionEncoder(nn.Module):
                 raise ValueError("model.diffusion.condition: this condition hears the audio, got none")
             features.append(self.audio(audio_NA))
         if not features:
-            return _at_least_float32(frames_NCHW.new_zeros(len(frames_NCHW), 0))
+            return at_least_float32(frames_NCHW.new_zeros(len(frames_NCHW), 0))
         return features[0] if self.fuse is None else self.fuse(torch.cat(features, 1))
 
 
@@ -138,8 +139,4 @@ class TwoLayers(nn.Module):
 
     def forward(self, features_NF: Tensor) -> Tensor:
         features_NF = features_NF.to(self.first.weight.dtype)
-        return _at_least_float32(self.last(self.activation(self.first(features_NF))))
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+        return at_least_float32(self.last(self.activation(self.first(features_NF))))

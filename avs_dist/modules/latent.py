@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from avs_dist.gaussian import Gaussian
 from avs_dist.modules.norm import WorldBatchNorm2d
 from avs_dist.modules.weights import channels_last
+from avs_dist.precision import at_least_float32
 
 POOLED = 7  # edge of the last map of five halvings of 224 pixels, the published size
 FUSED_PICTURE_CHANNELS = 32
@@ -196,19 +197,15 @@ class PublishedInformationHead(nn.Module):
     def forward(self, source_NL: Tensor, target_NL: Tensor) -> tuple[Gaussian, Tensor]:
         """Both [N,L], in any precision -> (Gaussian, target), [N,inner] each, in float32 or better."""
         source_NL, target_NL = _as_weights(source_NL, self.mean), _as_weights(target_NL, self.target)
-        mean, log_var = _at_least_float32(self.mean(source_NL)), _at_least_float32(self.log_var(source_NL))
-        return Gaussian(mean, log_var), _at_least_float32(self.target(target_NL))
+        mean, log_var = at_least_float32(self.mean(source_NL)), at_least_float32(self.log_var(source_NL))
+        return Gaussian(mean, log_var), at_least_float32(self.target(target_NL))
 
 
 def _bounded(mean: Tensor, log_var: Tensor) -> Gaussian:
     """x / sqrt(1 + (x / bound)^2), which is x while it is small; beyond the bound there still is a gradient, so that
     nothing is caught there."""
-    log_var = _at_least_float32(log_var)
-    return Gaussian(_at_least_float32(mean), log_var * torch.rsqrt(1.0 + (log_var / MAX_LOG_VAR).square()))
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    log_var = at_least_float32(log_var)
+    return Gaussian(at_least_float32(mean), log_var * torch.rsqrt(1.0 + (log_var / MAX_LOG_VAR).square()))
 
 
 def _as_weights(code_NL: Tensor, layers: nn.Sequential) -> Tensor:

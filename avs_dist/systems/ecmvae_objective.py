@@ -16,6 +16,7 @@ from avs_dist.losses import ecmvae_code, latent
 from avs_dist.losses.information import barber_agakov
 from avs_dist.modules.latent import InformationHead, PublishedInformationHead
 from avs_dist.modules.latent_space import Distribution
+from avs_dist.precision import at_least_float32
 from avs_dist.systems.generator import Masks
 from avs_dist.systems.matching import with_mask
 from avs_dist.systems.segmentation import segmentation_terms
@@ -157,7 +158,7 @@ class Objective(nn.Module):
         what stands for it, with a constant entropy, does."""
         if not self.weights.standardise:
             return code_NL
-        precise_NL = code_NL.to(torch.promote_types(code_NL.dtype, torch.float32))
+        precise_NL = at_least_float32(code_NL)
         return latent.standardised(precise_NL, all_reduce_sum)
 
 
