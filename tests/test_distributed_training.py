@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 10
 ECMVAE = "configs/demo_ecmvae.yaml"
+DIFFUSION = "configs/demo_diffusion.yaml"
 
 
 def _free_port() -> int:
@@ -84,3 +85,19 @@ def test_ecmvae_trains_on_two_ranks_as_on_one(ms3_shards: Path, tmp_path: Path) 
     assert len(codes[0]) == 2
     for of_one, of_two in zip(*codes, strict=True):
         assert of_two == pytest.approx(of_one, rel=1e-3, abs=1e-5)  # nats; a collapsed dimension is all rounding
+
+
+@pytest.mark.slow
+def test_latent_diffusion_trains_on_two_ranks_as_on_one(ms3_shards: Path, tmp_path: Path) -> None:
+    """Also under ZeRO-3, where the sampling kernel gets gathered weights; negatives are those of the global batch."""
+    overrides = ("--engine.zero_stage", "3", "--model.diffusion.eta", "0.5", "--train.eval_every", "5")
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(_free_port())]
+    stdout, two = _train(launcher, ms3_shards, tmp_path / "two", *overrides, config=DIFFUSION)
+    assert "zero_stage=3 world_size=2" in stdout
+    _, one = _train([sys.executable], ms3_shards, tmp_path / "one", *overrides, config=DIFFUSION)
+    assert len(one) == 7 * STEPS  # the sum, three terms, and the scale of the codes and both scores
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    scores = [_records(tmp_path / run, "eval") for run in ("one", "two")]
+    assert len(scores[0]) == 2
+    for of_one, of_two in zip(*scores, strict=True):
+        assert of_two == pytest.approx(of_one, rel=1e-3)
