@@ -52,7 +52,7 @@ def build_parser() -> Parser:
         "--samples",
         type=int | None,
         default=None,
-        help="draws that a mask averages, 1: no uncertainty (default: model.latent.samples)",
+        help="draws that a mask averages, 1: no uncertainty (default: that of the training config)",
     )
     parser.add_argument("--json", type=str | None, default=None, help="also write the results to this file")
     return parser

@@ -39,7 +39,7 @@ def build_parser() -> Parser:
         "--samples",
         type=int | None,
         default=None,
-        help="draws that a mask averages, 1: no uncertainty (default: model.latent.samples)",
+        help="draws that a mask averages, 1: no uncertainty (default: that of the training config)",
     )
     return parser
 
