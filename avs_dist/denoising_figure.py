@@ -19,6 +19,7 @@ from avs_dist.report_figures import GRID, INK, MODEL, MUTED, TRUTH
 from avs_dist.systems.base import Prediction, System
 from avs_dist.systems.diffusion import set_num_steps
 
+LEAST_SPAN = 0.02  # of the axis of a score
 PANELS = (("miou", "mIoU", TRUTH), ("f_score", "F", MODEL))
 
 
@@ -86,6 +87,7 @@ def denoising_png(points: Sequence[Point], title: str, trained_with: int) -> byt
         known = [(point.steps, value) for point in points if (value := getattr(point, key)) is not None]
         if known:
             axes.plot(*zip(*known, strict=True), color=colour, linewidth=2, marker="o", markersize=5)
+            axes.set_ylim(*_limits([value for _, value in known]))
         axes.axvline(trained_with, color=MUTED, linewidth=1, linestyle=":")
         axes.set_ylabel(label, color=INK, fontsize=10)
         axes.tick_params(colors=MUTED, labelsize=9, length=0)
@@ -100,3 +102,9 @@ def denoising_png(points: Sequence[Point], title: str, trained_with: int) -> byt
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _limits(scores: Sequence[float]) -> tuple[float, float]:
+    """Of the axis: never so narrow that differences of no account look like a trend."""
+    middle, reach = (min(scores) + max(scores)) / 2, max(max(scores) - min(scores), LEAST_SPAN) * 0.55
+    return middle - reach, middle + reach

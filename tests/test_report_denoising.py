@@ -17,7 +17,7 @@ from untrained import small_model, write_checkpoint
 from avs_dist.checkpoint import load_system
 from avs_dist.clip import Clip
 from avs_dist.config import DiffusionConfig
-from avs_dist.denoising_figure import Point, denoising_png, measure_steps
+from avs_dist.denoising_figure import LEAST_SPAN, Point, _limits, denoising_png, measure_steps
 from avs_dist.evaluate import evaluate
 from avs_dist.launch.cli import run
 from avs_dist.loader import eval_loader
@@ -122,3 +122,10 @@ def test_command_errors_are_one_line(
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("avs-dist report: error: ")
         assert message in error
+
+
+def test_a_flat_curve_looks_flat():
+    low, high = _limits([0.8351, 0.8365])
+    assert high - low == pytest.approx(1.1 * LEAST_SPAN)
+    low, high = _limits([0.2, 0.8])
+    assert (low, high) == pytest.approx((0.17, 0.83))
