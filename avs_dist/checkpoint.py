@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,21 @@ def class_names(checkpoint: str | Path) -> tuple[str, ...] | None:
     """Names of the classes of a semantic system, the first is the background; None for sounding or silent."""
     names = _manifest(find_checkpoint(checkpoint)).get("classes")
     return tuple(names) if names else None
+
+
+def check_classes(checkpoint: str | Path, classes: tuple[str, ...] | None, shards: str) -> None:
+    """Raises ValueError where a checkpoint has learnt other classes than those of the shards."""
+    learnt, there = class_names(checkpoint), classes
+    if learnt == there:
+        return
+    if learnt is None or there is None:
+        sounding = "sounding or silent"
+        learnt_text, there_text = (sounding if c is None else f"{len(c)} classes" for c in (learnt, there))
+    else:
+        pairs = enumerate(zip_longest(learnt, there, fillvalue="none"))
+        index, (one, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        learnt_text, there_text = f"'{one}' as class {index}", f"'{other}'"
+    raise ValueError(f"{checkpoint} was trained on {learnt_text}, the masks in {shards} have {there_text}")
 
 
 def _root(out_dir: str | Path) -> Path:

@@ -117,7 +117,8 @@ class DiffusionLossConfig:
 
     Args:
         denoising: Weight of L_diffusion (lambda_1, eq. 8 and 12).
-        contrastive: Weight of L_contrastive (lambda_2, eq. 11 and 12); 0 = without (Table V).
+        contrastive: Weight of L_contrastive (lambda_2, eq. 11 and 12); 0 = without (Table V). It compares the clips of
+            all ranks, not those of other micro-batches: engine.grad_accumulation changes it.
         temperature: Of the contrastive loss (tau).
         trains: What the contrastive loss trains: the "condition" encoder alone (first version of the paper, eq. 10),
             or "both" encoders (second version).

@@ -83,7 +83,8 @@ class TPAVIConfig:
     """Temporal pixel-wise audio-visual interaction.
 
     Args:
-        stages: Backbone stages that carry a TPAVI block (0 is the finest); empty = no audio at all.
+        stages: Backbone stages that carry a TPAVI block (0 is the finest); empty = no audio, but for what the
+            transformer decoder hears.
         time_aligned: Learn a T x T mixing of the scores, so that a pixel knows its own second (ours).
         key: Attend to audio (paper: va), to visual tokens (vv), or the mean of both.
         implementation: "auto" (the fastest there is: Triton on a GPU, torch elsewhere), or one of the same result:
@@ -150,7 +151,8 @@ class DiffusionConfig:
             some hundred: take it with "v" or "x0".
         eta: Noise added in sampling: 0 = DDIM, 1 = DDPM.
         clip: Bound of the estimated code, or none.
-        normalise: Zero mean and unit variance of the codes over the global batch, against drift of their scale (ours).
+        normalise: Zero mean and unit variance of the codes over the global batch (with accumulation: micro-batch),
+            against drift of their scale (ours).
         sampled_share: Share of the training clips whose masks are painted from a code sampled as in a prediction,
             without the true mask (ours; paper: 0).
         samples: Draws that a prediction averages; with one there is no uncertainty.

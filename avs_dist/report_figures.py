@@ -17,6 +17,7 @@ from PIL import Image
 
 from avs_dist.semantic import BACKGROUND
 from avs_dist.shards.palette import colours
+from avs_dist.systems.base import OBSERVED
 
 INK, MUTED, GRID = "#1c2430", "#6b7686", "#e6e9ee"
 TRUTH, MODEL, QUIET = "#0f9d8a", "#e8622c", "#5b6ee1"
@@ -94,7 +95,7 @@ def loss_curve(records: Sequence[Mapping[str, Any]]) -> bytes | None:
     total = np.array([r["loss"] for r in records], dtype=np.float64)
     axes.plot(steps, total, color=MODEL, alpha=0.25, linewidth=1)
     axes.plot(steps, _smoothed(total), color=MODEL, linewidth=2, label="loss")
-    terms = [name for name in records[0] if name not in NOT_A_LOSS]
+    terms = [name for name in records[0] if name not in NOT_A_LOSS and not name.startswith(OBSERVED)]
     # a single term is the total
     styles = cycle(product(("-", "--"), (TRUTH, QUIET, INK, MUTED)))
     for name, (dash, colour) in zip(terms if len(terms) > 1 else [], styles, strict=False):

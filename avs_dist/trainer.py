@@ -44,7 +44,7 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config, device: torch.device) -> Path:
-    micro_batch_size(config)  # fail before anything expensive is built
+    _check_batch(config)  # fail before anything expensive is built
     index = ShardIndex.load(config.data.shards)
     _check_data(index, config)
     previous = _previous_run(config)
@@ -53,7 +53,10 @@ def _train(config: Config, device: torch.device) -> Path:
     system = build_system(config, load_pretrained=init_from is None)
     if init_from:
         checkpoint.load_weights(system, init_from)
+        checkpoint.check_classes(init_from, index.classes, config.data.shards)
     engine = Engine(system, config, device)
+    if previous:
+        checkpoint.check_classes(previous, index.classes, config.data.shards)
     done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
     if world.is_main():
         print(engine.describe(), flush=True)
@@ -81,6 +84,15 @@ def _train(config: Config, device: torch.device) -> Path:
     if world.is_main():
         print(f"checkpoint: {saved}", flush=True)
     return saved
+
+
+def _check_batch(config: Config) -> None:
+    together = micro_batch_size(config) * world.world_size()
+    if config.model.system == "diffusion" and config.loss.diffusion.contrastive > 0 and together < 2:
+        raise ValueError(
+            "train.global_batch, engine.grad_accumulation: one clip at a time leaves nothing to contrast; take more or "
+            "set loss.diffusion.contrastive=0"
+        )
 
 
 def _check_data(index: ShardIndex, config: Config) -> None:

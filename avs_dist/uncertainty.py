@@ -16,7 +16,7 @@ NUM_BINS = 1024
 _UNITS = 2**30
 
 DEFINITIONS = {
-    "std": "mean over all pixels of the standard deviation of the probability over samples of the prior",
+    "std": "mean over all pixels of the standard deviation of the probability over the masks drawn",
     "std_right": "the same over the pixels that are classified rightly at probability > 0.5",
     "std_wrong": "the same over the pixels that are classified wrongly",
     "error_auroc": "area under the ROC of that deviation as detector of wrong pixels; 1 = perfect, 0.5 = chance",

@@ -73,17 +73,19 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
     """The system of a checkpoint and its config, with `shards` in place of those of the training if given.
 
     Raises:
-        ValueError: the frames of the shards are of another size than those of the training.
+        ValueError: frames or classes of the shards are not those of the training.
     """
-    from avs_dist.checkpoint import image_size, load_system
+    from avs_dist.checkpoint import check_classes, image_size, load_system
     from avs_dist.shards.index import ShardIndex
 
     system, config = load_system(checkpoint, device)
     if shards is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
-    trained, built = image_size(checkpoint), ShardIndex.load(config.data.shards).image_size
+    index = ShardIndex.load(config.data.shards)
+    trained, built = image_size(checkpoint), index.image_size
     if trained != built:
         raise ValueError(f"trained on {trained} x {trained} frames, {config.data.shards} holds {built} x {built}")
+    check_classes(checkpoint, index.classes, config.data.shards)
     return system, config
 
 

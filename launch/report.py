@@ -136,8 +136,9 @@ def _denoising(args: Any) -> None:
     for point in points:
         f_score = "-" if point.f_score is None else f"{point.f_score:.4f}"
         print(f"{point.steps:>4} steps  mIoU {point.miou:.4f}  F {f_score}  {point.seconds_per_clip:.4f} s a clip")
-    title = _title(args, f"split {args.split}: {diffusion.train_steps} noise levels")
-    numbers = {"config_steps": diffusion.steps, "points": [point.to_dict() for point in points]}
+    title = _title(args, f"split {args.split}: {diffusion.train_steps} noise levels, {diffusion.spacing} steps")
+    settings = {key: getattr(diffusion, key) for key in ("train_steps", "schedule", "spacing", "eta", "samples")}
+    numbers = {"config_steps": diffusion.steps, **settings, "points": [point.to_dict() for point in points]}
     _write(args, config, denoising_png(points, title, diffusion.steps), numbers)
 
 

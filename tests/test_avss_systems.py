@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_system_tpavi import make_clip, make_config, pad
+from untrained import small_model, write_checkpoint
 
+from avs_dist import checkpoint
 from avs_dist.clip import Clip
 from avs_dist.config import Config, DecoderConfig, DiffusionConfig, LatentConfig, LossConfig
 from avs_dist.evaluate import evaluate
 from avs_dist.launch import cli
 from avs_dist.systems import build_system
 from avs_dist.systems.base import System
+from avs_dist.systems.diffusion import DiffusionSystem
+from avs_dist.systems.generator import posterior_pictures, see_and_hear
 
 CLASSES = 7
 MODELS = {
@@ -94,13 +99,17 @@ def test_the_loss_is_the_cross_entropy_of_labelled_frames():
 
 @pytest.mark.parametrize("name", ["ecmvae", "diffusion"])
 def test_latent_encoders_see_the_class_of_a_mask(name):
-    """Two masks of the same shape and other classes: the losses of the codes differ."""
+    """Two masks of the same shape and other classes have other codes."""
     system, clip = build(config_of(name)).eval(), mixed_clip()
     clip.masks_BTHW.clamp_(0, 1)
-    other = replace(clip, masks_BTHW=clip.masks_BTHW * 5)
-    term = {"ecmvae": "kl", "diffusion": "contrastive"}[name]
-    one, two = (system.loss_terms(c, 0)[term].item() for c in (clip, other))
-    assert one != pytest.approx(two, rel=1e-4)
+    codes = []
+    for seen in (clip, replace(clip, masks_BTHW=clip.masks_BTHW * 5)):
+        if isinstance(system, DiffusionSystem):
+            codes.append(system.mask_encoder(posterior_pictures(seen, see_and_hear(system.trunk, seen), CLASSES)))
+        else:
+            codes.append(system.latents(seen).posterior["c"].mean.flatten(0, 1))
+    one_ND, two_ND = codes
+    assert ((one_ND - two_ND).abs().amax(1)[:4] > 1e-4).all()
 
 
 def test_padded_frames_are_not_counted():
@@ -181,3 +190,31 @@ def test_training_refuses_shards_of_other_classes(avss_shards, tmp_path, capsys)
     said = capsys.readouterr().err
     assert "model.num_classes=1" in said
     assert "model.num_classes=7 and loss.segmentation=cross_entropy" in said
+
+
+@pytest.mark.parametrize(
+    ("learnt", "there", "said"),
+    [
+        (None, ("background", "disc"), "trained on sounding or silent, the masks in S have 2 classes"),
+        (("background", "disc"), None, "trained on 2 classes, the masks in S have sounding or silent"),
+        (
+            ("background", "disc", "ring"),
+            ("background", "ring", "disc"),
+            "'disc' as class 1, the masks in S have 'ring'",
+        ),
+        (("background", "disc"), ("background", "disc", "ring"), "'none' as class 2, the masks in S have 'ring'"),
+    ],
+)
+def test_shards_of_other_classes_than_those_learnt_are_refused(learnt, there, said, monkeypatch):
+    monkeypatch.setattr(checkpoint, "class_names", lambda _: learnt)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        checkpoint.check_classes("run", there, "S")
+    checkpoint.check_classes("run", learnt, "S")
+
+
+def test_evaluation_refuses_shards_of_other_classes(avss_shards, ms3_shards, tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "binary", small_model())
+    words = ["evaluate", "--checkpoint", str(folder), "--shards"]
+    assert cli.main([*words, str(avss_shards), "--split", "val"]) == 2
+    assert "trained on sounding or silent" in capsys.readouterr().err
+    assert cli.main([*words, str(ms3_shards), "--split", "val"]) == 0

@@ -344,5 +344,13 @@ def test_correlation_of_parts_of_the_batch_is_that_of_the_whole():
     assert latent.correlation(first, lambda value: value + next(others)).item() == pytest.approx(whole.item())
 
 
+def test_only_counted_frames_give_mean_and_variance():
+    code = torch.randn(6, 4, dtype=torch.float64)
+    counted = torch.tensor([True, True, False, True, True, False])
+    got = latent.standardised(code, one_rank, counted)
+    own = code[counted]
+    torch.testing.assert_close(got, (code - own.mean(0)) / (own.var(0, correction=0) + latent.VARIANCE_EPS).sqrt())
+
+
 def one_rank(value: torch.Tensor) -> torch.Tensor:
     return value

@@ -140,11 +140,11 @@ def test_codes_and_scores_are_observed():
     system.loss_terms(clip, 0)
     observed, literal = system.take_observed(), Literal(system, clip, 0)
     assert system.take_observed() == {}
-    torch.testing.assert_close(observed["code_std"], literal.codes.std(0, correction=0).mean())
+    torch.testing.assert_close(observed["observed/code_std"], literal.codes.std(0, correction=0).mean())
     cosine = torch.stack([torch.cosine_similarity(c[None], literal.codes) for c in literal.conditions])
     other = torch.arange(6)[:, None] // 3 != torch.arange(6) // 3
-    torch.testing.assert_close(observed["score_positive"], cosine.diag().mean())
-    torch.testing.assert_close(observed["score_negative"], cosine[other].mean())
+    torch.testing.assert_close(observed["observed/score_positive"], cosine.diag().mean())
+    torch.testing.assert_close(observed["observed/score_negative"], cosine[other].mean())
     assert not any(value.requires_grad for value in observed.values())
 
 

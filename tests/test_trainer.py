@@ -89,3 +89,10 @@ def test_clips_are_mirrored_with_the_draws_of_their_step(ms3_shards, tmp_path, m
     # whole clips, or single frames and never one without a mask
     assert bool((turned_SBT[..., 0] == turned_SBT[..., 1]).all()) == (more is ECMVAE)
     assert bool(turned_SBT[..., -1].any()) == (more is ECMVAE)
+
+
+def test_one_clip_at_a_time_cannot_be_contrasted(ms3_shards, tmp_path):
+    alone = ("--model.system", "diffusion", "--train.global_batch", "2")
+    with pytest.raises(ValueError, match="nothing to contrast"):
+        trainer.train(tiny(ms3_shards, tmp_path / "run", 0.0, *alone))
+    trainer._check_batch(tiny(ms3_shards, tmp_path / "run", 0.0, *alone, "--loss.diffusion.contrastive", "0"))

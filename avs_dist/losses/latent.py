@@ -97,15 +97,17 @@ def orthogonality(codes: Sequence[Tensor], valid_BT: Tensor) -> Tensor:
     return torch.stack(products).square().sum((0, 2, 3))
 
 
-def standardised(code_NL: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def standardised(code_NL: Tensor, reduce: Callable[[Tensor], Tensor], counted_N: Tensor | None = None) -> Tensor:
     """The code with zero mean and unit variance over the N frames of all ranks (ours).
 
     Args:
         reduce: sums a tensor over all ranks, with gradient; on one rank the identity.
+        counted_N: bool, frames that mean and variance are taken over; None for all.
     """
-    frames = reduce(code_NL.new_tensor(float(len(code_NL)))).clamp_min(1.0)
-    centred_NL = code_NL - reduce(code_NL.sum(0)) / frames
-    variance_L = reduce(centred_NL.square().sum(0)) / frames
+    weight_N1 = code_NL.new_ones(len(code_NL), 1) if counted_N is None else counted_N[:, None].to(code_NL.dtype)
+    frames = reduce(weight_N1.sum()).clamp_min(1.0)
+    centred_NL = code_NL - reduce((weight_N1 * code_NL).sum(0)) / frames
+    variance_L = reduce((weight_N1 * centred_NL.square()).sum(0)) / frames
     return centred_NL * torch.rsqrt(variance_L + VARIANCE_EPS)
 
 

@@ -21,17 +21,16 @@ def average(paint: Callable[[int], Masks], num_samples: int, valid_BT: Tensor) -
         paint: number of the draw, from 1, -> its masks.
         valid_BT: frames that exist; the logits of others are zero.
     """
-    first = paint(1)
-    mean = _probability(first)
-    sounding = Running(_sounding(mean, first))
+    mean = _probability(paint(1))
+    sounding = Running(_sounding(mean))
     for count in range(2, num_samples + 1):  # one mask in memory at a time
         probability = _probability(paint(count))
-        mean = mean + (probability - mean) / count
-        sounding.update(_sounding(probability, first))
+        mean = mean.lerp(probability, 1 / count)
+        sounding.update(_sounding(probability))
     variance = sounding.variance if num_samples > 1 else None
     valid_BT11 = valid_BT[:, :, None, None]
     logits_BTHW = sounding.mean.logit(LOGIT_EPS) * valid_BT11
-    if first.class_logits_BTKHW is None:
+    if mean.ndim == 4:
         return Prediction(logits_BTHW, variance)
     return Prediction(logits_BTHW, variance, mean.clamp_min(LOGIT_EPS).log() * valid_BT11[..., None])
 
@@ -60,5 +59,5 @@ def _probability(masks: Masks) -> Tensor:
     return masks.class_logits_BTKHW.softmax(2)
 
 
-def _sounding(probability: Tensor, like: Masks) -> Tensor:
-    return probability if like.class_logits_BTKHW is None else 1.0 - probability[:, :, BACKGROUND]
+def _sounding(probability: Tensor) -> Tensor:
+    return 1.0 - probability[:, :, BACKGROUND] if probability.ndim == 5 else probability

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from avs_dist.clip import Clip
 from avs_dist.gaussian import Gaussian, Mixture
 
+OBSERVED = "observed/"  # prefix of what is logged and is no loss
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -53,7 +55,7 @@ class System(nn.Module, ABC):
 
     def observe(self, name: str, value: Tensor) -> None:
         """Have a number of the last `loss_terms` logged beside the losses, as a mean over ranks; it trains nothing."""
-        self._observed[name] = value.detach()
+        self._observed[f"{OBSERVED}{name}"] = value.detach()
 
     def take_observed(self) -> dict[str, Tensor]:
         """What was observed since the last call."""

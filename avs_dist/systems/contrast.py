@@ -26,7 +26,8 @@ class Contrast(NamedTuple):
 def contrast(config: DiffusionLossConfig, code_MD: Tensor, condition_MD: Tensor, clip_M: Tensor) -> Contrast:
     """InfoNCE of cosines: the code of a condition among those of all other clips (eq. 11).
 
-    Frames of one clip are no negatives of each other: they are alike, and in S4 training have the same mask.
+    Frames of one clip are no negatives of each other: they are alike, and in S4 training have the same mask. Equal
+    masks of other clips, such as empty ones, do count as negatives, as in the paper ("all the samples except z_0").
 
     Args:
         clip_M: which clip of this rank each row belongs to.

@@ -78,6 +78,7 @@ class DiffusionSystem(System):
         painted_RD = self._mix_in_samples(denoised.code_RD, condition_RE, rows, draws)
         masks = self.generator.paint(self.trunk, seen, scene, rows.spread(painted_RD))
         terms = segmentation_terms(self.config, clip, masks)
+        # eq. 8 is a squared norm; taken as a mean over its D numbers, as is usual, so that D does not weight it
         loss_R = (denoised.output_RD - denoised.target_RD).square().mean(1)
         counted_R = rows.counted_R
         denoising = global_mean((loss_R * counted_R).sum(), counted_R.sum().to(loss_R.dtype))
@@ -120,7 +121,7 @@ class DiffusionSystem(System):
         pictures_NCHW = posterior_pictures(clip, seen, self.config.model.num_classes)
         code_RD = rows.reduce(self.mask_encoder(pictures_NCHW))
         if self.config.model.diffusion.normalise:
-            return standardised(code_RD, all_reduce_sum)
+            return standardised(code_RD, all_reduce_sum, rows.counted_R)
         return code_RD
 
     def _denoise_once(self, code_RD: Tensor, condition_RE: Tensor, rows: CodeRows, draws: ClipDraws) -> Denoised:
