@@ -48,7 +48,7 @@ def _read_masks(job: ClipJob, originals: list[tuple[int, int]], size: int) -> tu
     """Masks of the seconds, uint8 [T,size,size], and which seconds have one; `originals`: (width, height) of frames."""
     seconds = len(originals)
     paths = job.masks[:seconds]
-    missing = [path.name for path in paths if not path.exists()]
+    missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ClipError(f"missing mask files in {paths[0].parent}: {', '.join(missing)}")
     masks_THW = np.zeros((seconds, size, size), dtype=np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -139,16 +140,29 @@ def spoil(folder: Path) -> None:
     (folder / "frames/1.jpg").write_bytes(b"\xff\xd8\xff rubbish")
 
 
+def device(file: str) -> Callable[[Path], None]:
+    """In place of the file a device without bytes."""
+
+    def harm(folder: Path) -> None:
+        (folder / file).unlink()
+        (folder / file).symlink_to(os.devnull)
+
+    return harm
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
         (drop("labels_rgb/2.png"), r"missing mask files in .*v1m.x.labels_rgb: 2\.png"),
         (drop("frames/4.jpg"), r"missing frame files in .*v1m.x.frames: 4\.jpg"),
         (drop("audio.wav"), r"missing sound file .*v1m.x.audio\.wav"),
+        (device("labels_rgb/2.png"), r"missing mask files in .*v1m.x.labels_rgb: 2\.png"),
+        (device("frames/4.jpg"), r"missing frame files in .*v1m.x.frames: 4\.jpg"),
+        (device("audio.wav"), r"missing sound file .*v1m.x.audio\.wav"),
         (stain, r"labels_rgb.3\.png: \d+ pixels .*\(1, 2, 3\)"),
         (spoil, r"frames.1\.jpg"),
     ],
-    ids=["mask", "frame", "sound", "colour", "picture"],
+    ids=["mask", "frame", "sound", "mask device", "frame device", "sound device", "colour", "picture"],
 )
 def test_damaged_clips_are_skipped_with_the_file_in_the_reason(tmp_path: Path, harm: Any, reason: str):
     base = write_avss(tmp_path, {"x": ("train", "v1m"), "y": ("train", "v1m")})
@@ -172,8 +186,11 @@ def test_metadata_and_classes_that_make_no_sense_are_refused(tmp_path: Path):
         (header + "a,a,0,0,dog,dev,v2\n", "clip a: split 'dev'"),
         (header + "a,a,0,0,dog,val,v2\nb,a,0,0,dog,val,v1m\n", "clip 'a' .* listed twice in val"),
         ("vid,uid,a_obj\na,a,dog\n", "no column label, split"),
+        (header, "lists no clip"),
+        (header + "a," + "a" * 131_073 + ",0,0,dog,val,v2\n", "expected comma-separated .* field larger"),
+        (header + "a,\xff,0,0,dog,val,v2\n", "expected comma-separated lines in UTF-8"),
     ):
-        table.write_text(text)
+        table.write_bytes(text.encode("latin-1"))
         with pytest.raises(ValueError, match=rf"metadata\.csv: {message}"):
             read_metadata(table)
     for indices in (
@@ -182,10 +199,29 @@ def test_metadata_and_classes_that_make_no_sense_are_refused(tmp_path: Path):
         {"dog": "0", "cat": "1"},
         ["dog"],
         {"a": 0},
+        {"background": 0.0, "dog": 1},
+        {"background": 0, "dog": True},
+        {"dog": 0, "background": 1},
     ):
         (base / "label2idx.json").write_text(json.dumps(indices))
         with pytest.raises(ValueError, match=r"label2idx\.json: expected"):
             read_classes(tmp_path)
+    (base / "label2idx.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"label2idx\.json: maximum recursion"):
+        read_classes(tmp_path)
+
+
+@pytest.mark.parametrize("uid", ["../../outside", "/outside", "..", ".", "", "v1m/x", "a\0b", "é" * 128])
+def test_a_uid_that_leads_elsewhere_is_refused(tmp_path: Path, uid: str):
+    base = write_avss(tmp_path, {"a": ("train", "v1s")})
+    table = base / "metadata.csv"
+    table.write_text(f"uid,a_obj,split,label\n{uid},dog,val,v2\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv: line '.*,dog,val,v2': expected a plain file name") as caught:
+        built(tmp_path, tmp_path / "out")
+    assert repr(uid)[1:-1] in str(caught.value)
+    longest = "é" * 127 + "x"
+    table.write_text(f"uid,a_obj,split,label\n{longest},dog,val,v2\n")
+    assert read_metadata(table)[0].uid == longest
 
 
 def test_real_metadata():

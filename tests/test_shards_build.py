@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -205,14 +206,49 @@ def test_a_hanging_clip_costs_its_deadline_and_not_the_others(tmp_path: Path):
     data = write_ms3(tmp_path, {f"clip{i}": "train" for i in range(6)})
     (data / "audio_wav/train/clip1.wav").unlink()
     (data / "raw_videos").mkdir()
-    os.mkfifo(data / "raw_videos/clip1.mp4")
+    video = write_video(data / "raw_videos/clip1.mp4", 5)
+    # under a lease the others' open() blocks; the signal that tells its holder would end the process
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     begin = time.monotonic()
-    index = built(tmp_path, tmp_path / "out", deadline_s=2.0, workers=2, max_skipped=0.5)
+    with video.open("r+b") as held:
+        try:
+            fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError as error:
+            pytest.skip(f"the file system has no leases, which make a file hang: {error}")
+        index = built(tmp_path, tmp_path / "out", deadline_s=2.0, workers=2, max_skipped=0.5)
+    signal.signal(signal.SIGIO, before)
     assert time.monotonic() - begin < 20
     assert [clip["name"] for clip in index.skipped] == ["clip1"]
     assert index.skipped[0]["path"] == "Multi-sources/ms3_data/visual_frames/clip1"
     assert re.search(r"hung \(sound .*clip1.mp4\): no answer within 2 s", index.skipped[0]["reason"])
     assert sorted(samples(index, "train")) == ["clip0", "clip2", "clip3", "clip4", "clip5"]
+
+
+def test_files_that_are_no_regular_ones_count_as_missing(tmp_path: Path):
+    data = write_ms3(tmp_path, dict.fromkeys(["good", "mask", "frame", "sound"], "train"))
+    harmed = {
+        "mask": data / "gt_masks/train/mask/mask_2.png",
+        "frame": data / "visual_frames/frame/frame.mp4_2.png",
+        "sound": data / "audio_wav/train/sound.wav",
+    }
+    for path in harmed.values():
+        path.unlink()
+        path.symlink_to(os.devnull)
+    index = built(tmp_path, tmp_path / "out", max_skipped=1.0)
+    reasons = {clip["name"]: clip["reason"] for clip in index.skipped}
+    assert re.search(r"missing mask files in .*: mask_2\.png", reasons["mask"])
+    assert re.search(r"missing frame files in .*: frame\.mp4_2\.png", reasons["frame"])
+    assert "no sound.wav in" in reasons["sound"]
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", ".", "", "a/b", "a\0b", "x" * 241])
+def test_names_and_categories_must_be_plain_file_names(tmp_path: Path, name: str):
+    path = tmp_path / "meta.csv"
+    category = name or ".."  # MS3 needs none
+    for line in (f"{name},dog,val", f"a,{category + 15 * 'x' if len(name) > 99 else category},val"):
+        path.write_text(f"name,category,split\n{line}\n")
+        with pytest.raises(ValueError, match=r"meta\.csv: line '.*': expected a plain file name"):
+            read_metadata(path)
 
 
 def test_equal_input_gives_equal_bytes_for_any_number_of_workers(tmp_path: Path):
@@ -310,6 +346,14 @@ def test_user_errors_are_clear(tmp_path: Path):
     (tmp_path / "m.csv").write_text("name,split\na,dev\n")
     with pytest.raises(ValueError, match="clip a: split 'dev'"):
         read_metadata(tmp_path / "m.csv")
+    for content, message in (
+        (b"name,split\n", "lists no clip"),
+        (b"name,split\n" + b"a" * 131_073 + b",val\n", "expected comma-separated .* field larger"),
+        (b"name,split\n\xff,val\n", "expected comma-separated lines in UTF-8"),
+    ):
+        (tmp_path / "m.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"m\.csv: {message}"):
+            read_metadata(tmp_path / "m.csv")
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path: Path):

@@ -11,6 +11,10 @@ from avs_dist.shards.sources import SPLITS, ClipJob
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 _NAME_COLUMNS = ("name", "video_id", "vid", "uid")
 _CATEGORY_COLUMNS = ("category", "sounding_objects", "a_obj")
+# longest file name of the usual file systems
+_NAME_BYTES = 255
+# what follows a clip's name in the name of a file: .mp4_10.png, .webm
+_ENDING_BYTES = 15
 
 
 @dataclass(frozen=True)
@@ -75,29 +79,62 @@ def read_metadata(path: Path) -> list[Row]:
     other column that is not a number, which covers both published column orders.
 
     Raises:
-        ValueError: If there is no split column, a split is unknown or a clip is listed twice.
+        ValueError: If there is no clip or no split column, a split is unknown, a clip is listed twice, or a name or
+            category cannot name a folder.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = [[cell.strip() for cell in line] for line in csv.reader(file) if any(cell.strip() for cell in line)]
-    if not table:
-        raise ValueError(f"{path} is empty")
+    table = read_table(path)
     header = [cell.lower() for cell in table[0]]
     if "split" in header:
         body, columns = table[1:], _columns_by_name(header)
     else:
         body, columns = table, _columns_by_content(table, path)
     name_at, split_at, category_at = columns
+    if not body:
+        raise ValueError(f"{path}: lists no clip")
     rows: dict[tuple[str, str], Row] = {}
     for line in body:
         if len(line) <= max(name_at, split_at, category_at or 0):
             raise ValueError(f"{path}: a line has too few columns: {','.join(line)}")
         row = Row(line[name_at], line[split_at], line[category_at] if category_at is not None else "")
+        check_file_name(row.name, path, line, _NAME_BYTES - _ENDING_BYTES)
+        if row.category:
+            check_file_name(row.category, path, line)
         if row.split not in SPLITS:
             raise ValueError(f"{path}: clip {row.name}: split '{row.split}' is none of {', '.join(SPLITS)}")
         if (row.split, row.name) in rows:
             raise ValueError(f"{path}: clip {row.name} is listed twice in {row.split}")
         rows[row.split, row.name] = row
     return list(rows.values())
+
+
+def read_table(path: Path) -> list[list[str]]:
+    """Lines of a csv file, cells without the space around them; empty lines are left out.
+
+    Raises:
+        ValueError: If there is no line, or it is not csv in UTF-8.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [[cell.strip() for cell in line] for line in csv.reader(file, skipinitialspace=True)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected comma-separated lines in UTF-8: {error}") from error
+    table = [line for line in lines if any(line)]
+    if not table:
+        raise ValueError(f"{path} is empty")
+    return table
+
+
+def check_file_name(name: str, path: Path, line: list[str], limit: int = _NAME_BYTES) -> None:
+    """Refuse a name that would lead out of the folder that it is looked for in, or that no file can have.
+
+    Raises:
+        ValueError: If it is empty, ".", "..", longer than `limit` bytes, or holds "/" or NUL; names `path` and `line`.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > limit:
+        raise ValueError(
+            f"{path}: line {','.join(line)!r:.300}: expected a plain file name (not empty, '.' or '..', without '/' "
+            f"and NUL, at most {limit} bytes), got {name!r:.300}"
+        )
 
 
 def _columns_by_name(header: list[str]) -> tuple[int, int, int | None]:
@@ -117,7 +154,7 @@ def _columns_by_content(table: list[list[str]], path: Path) -> tuple[int, int, i
 
 
 def _metadata_file(base: Path, layout: Layout) -> Path:
-    found = sorted(base.glob(layout.metadata))
+    found = sorted(path for path in base.glob(layout.metadata) if path.is_file())
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise FileNotFoundError(f"{base}: expected exactly one {layout.metadata}, found {names}")
@@ -156,13 +193,13 @@ def _job(layout: Layout, data: Path, row: Row, clip_s: int, decode_video: bool) 
 def _existing(folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
     # not with_suffix: names may contain dots
     candidates = (folder / f"{stem}{suffix}" for stem in stems for suffix in suffixes)
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _frame_files(folder: Path, prefix: str, clip_s: int) -> tuple[tuple[Path, ...], str | None]:
     """Frames 1, 2, ... of a clip, and what is wrong with them (a gap)."""
     paths = [folder / f"{prefix}{k}.png" for k in range(1, clip_s + 1)]
-    there = [path.exists() for path in paths]
+    there = [path.is_file() for path in paths]
     count = max((k + 1 for k, exists in enumerate(there) if exists), default=0)
     missing = [path.name for path, exists in zip(paths[:count], there[:count], strict=True) if not exists]
     problem = f"missing frame files in {folder}: {', '.join(missing)}" if missing else None

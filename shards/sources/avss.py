@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from avs_dist.shards.palette import MAX_CLASSES
 from avs_dist.shards.sources import SPLITS, ClipJob
+from avs_dist.shards.sources.avsbench import check_file_name, read_table
 
 FOLDER = "avs_released"
 METADATA = "metadata.csv"
 CLASS_FILE = "label2idx.json"
+BACKGROUND = "background"
 # seconds of a clip of each subset: v1s is S4, v1m is MS3, v2 is new
 SUBSETS = {"v1s": 5, "v1m": 5, "v2": 10}
 
@@ -49,17 +50,21 @@ def read_classes(root: Path) -> tuple[str, ...]:
 
     Raises:
         FileNotFoundError: If there is no label2idx.json.
-        ValueError: If its indices are not 0, 1, 2, ...
+        ValueError: If it is no JSON object, its indices are not 0, 1, 2, ..., or "background" is not the first.
     """
     path = _base(root) / CLASS_FILE
     try:
         indices = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(indices, dict) or sorted(indices.values(), key=str) != sorted(range(len(indices)), key=str):
+    # type, not isinstance: true and 0.0 equal 1 and 0 but are no indices
+    whole = isinstance(indices, dict) and all(type(index) is int for index in indices.values())
+    if not whole or sorted(indices.values()) != list(range(len(indices))):
         raise ValueError(f"{path}: expected an object of class names with the indices 0, 1, 2, ..., each once")
     if not 2 <= len(indices) <= MAX_CLASSES:
         raise ValueError(f"{path}: expected 2 to {MAX_CLASSES} classes, the background among them, got {len(indices)}")
+    if indices.get(BACKGROUND, 0) != 0:
+        raise ValueError(f"{path}: expected the index 0 for '{BACKGROUND}', got {indices[BACKGROUND]}")
     return tuple(sorted(indices, key=indices.__getitem__))
 
 
@@ -67,23 +72,27 @@ def read_metadata(path: Path) -> list[Row]:
     """Rows of metadata.csv, whose header is vid,uid,s_min,s_sec,a_obj,split,label in any order.
 
     Raises:
-        ValueError: If a column is missing, a split or subset is unknown, or a clip is listed twice in a split.
+        ValueError: If a column or every clip is missing, a split or subset is unknown, a clip is listed twice in a
+            split, or a uid cannot name a folder.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file, skipinitialspace=True)
-        absent = {"uid", "a_obj", "split", "label"} - set(table.fieldnames or ())
-        if absent:
-            raise ValueError(f"{path}: no column {', '.join(sorted(absent))} in its first line")
-        rows: dict[tuple[str, str], Row] = {}
-        for line in table:
-            uid, subset, split, category = ((line[c] or "").strip() for c in ("uid", "label", "split", "a_obj"))
-            if split not in SPLITS:
-                raise ValueError(f"{path}: clip {uid}: split '{split}' is none of {', '.join(SPLITS)}")
-            if subset not in SUBSETS:
-                raise ValueError(f"{path}: clip {uid}: label '{subset}' is none of {', '.join(SUBSETS)}")
-            if not uid or (split, uid) in rows:
-                raise ValueError(f"{path}: clip '{uid}' has no name or is listed twice in {split}")
-            rows[split, uid] = Row(uid, subset, split, category)
+    header, *body = read_table(path)
+    absent = {"uid", "a_obj", "split", "label"} - set(header)
+    if absent:
+        raise ValueError(f"{path}: no column {', '.join(sorted(absent))} in its first line")
+    if not body:
+        raise ValueError(f"{path}: lists no clip")
+    rows: dict[tuple[str, str], Row] = {}
+    for line in body:
+        cells = dict(zip(header, line, strict=False))
+        uid, subset, split, category = (cells.get(column, "") for column in ("uid", "label", "split", "a_obj"))
+        check_file_name(uid, path, line)
+        if split not in SPLITS:
+            raise ValueError(f"{path}: clip {uid}: split '{split}' is none of {', '.join(SPLITS)}")
+        if subset not in SUBSETS:
+            raise ValueError(f"{path}: clip {uid}: label '{subset}' is none of {', '.join(SUBSETS)}")
+        if (split, uid) in rows:
+            raise ValueError(f"{path}: clip '{uid}' is listed twice in {split}")
+        rows[split, uid] = Row(uid, subset, split, category)
     return list(rows.values())
 
 
@@ -98,9 +107,9 @@ def _base(root: Path) -> Path:
 def _job(folder: Path, row: Row, clip_s: int, num_classes: int) -> ClipJob:
     seconds = min(SUBSETS[row.subset], clip_s)
     frames = tuple(folder / "frames" / f"{t}.jpg" for t in range(seconds))
-    missing = [path.name for path in frames if not path.exists()]
+    missing = [path.name for path in frames if not path.is_file()]
     sound = folder / "audio.wav"
-    problem = None if sound.exists() else f"missing sound file {sound}"
+    problem = None if sound.is_file() else f"missing sound file {sound}"
     if missing:
         problem = f"missing frame files in {folder / 'frames'}: {', '.join(missing)}"
     # the single-source clips are weakly supervised in training, as in S4
