@@ -307,3 +307,12 @@ def test_the_codes_do_not_train_the_audio_encoder():
         grads = torch.autograd.grad(terms[name], audio, retain_graph=True, allow_unused=True)
         assert any(g is not None for g in grads) == heard, name
     assert all(g is not None for g in torch.autograd.grad(terms["bce"], audio))
+
+
+def test_the_masks_train_encoders_and_denoiser_end_to_end():
+    """Through the code estimated in one step (section III-C)."""
+    system = warm(diffusion_config())
+    terms = system.loss_terms(exact(make_clip()), 0)
+    for module in (system.mask_encoder, system.condition_encoder, system.denoiser):
+        for grad in torch.autograd.grad(terms["bce"], list(module.parameters()), retain_graph=True):
+            assert grad.abs().max() > 0
