@@ -51,12 +51,12 @@ def _train(config: Config, device: torch.device) -> Path:
     torch.manual_seed(config.seed)
     init_from = None if previous else config.train.init_from
     system = build_system(config, load_pretrained=init_from is None)
+    begin = previous or init_from
+    if begin:
+        checkpoint.check_classes(begin, index.classes, config.data.shards)
     if init_from:
         checkpoint.load_weights(system, init_from)
-        checkpoint.check_classes(init_from, index.classes, config.data.shards)
     engine = Engine(system, config, device)
-    if previous:
-        checkpoint.check_classes(previous, index.classes, config.data.shards)
     done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
     if world.is_main():
         print(engine.describe(), flush=True)

@@ -99,6 +99,11 @@ def global_mean(total: Tensor, count: Tensor) -> Tensor:
     return total * (world_size() / global_count.clamp_min(1.0))
 
 
+def counted_mean(value_N: Tensor, counted_N: Tensor) -> Tensor:
+    """`global_mean` of the values that are counted (bool)."""
+    return global_mean((value_N * counted_N).sum(), counted_N.sum().to(value_N.dtype))
+
+
 def gather_rows(value_MC: Tensor) -> tuple[Tensor, int]:
     """Rows of all ranks in rank order, with gradient, and the index of this rank's first row; M may differ."""
     if world_size() == 1:

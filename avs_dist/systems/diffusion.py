@@ -30,7 +30,7 @@ from avs_dist.systems.generator import Generator, Masks, Seen, posterior_picture
 from avs_dist.systems.matching import check_matching, matching_terms, with_mask
 from avs_dist.systems.segmentation import check_segmentation, segmentation_terms
 from avs_dist.systems.trunk import Trunk
-from avs_dist.world import all_reduce_sum, global_mean
+from avs_dist.world import all_reduce_sum, counted_mean
 
 
 class Denoised(NamedTuple):
@@ -81,8 +81,7 @@ class DiffusionSystem(System):
         # eq. 8 is a squared norm; taken as a mean over its D numbers, as is usual, so that D does not weight it
         loss_R = (denoised.output_RD - denoised.target_RD).square().mean(1)
         counted_R = rows.counted_R
-        denoising = global_mean((loss_R * counted_R).sum(), counted_R.sum().to(loss_R.dtype))
-        terms["denoising"] = weights.denoising * denoising
+        terms["denoising"] = weights.denoising * counted_mean(loss_R, counted_R)
         self.observe("code_std", _deviation(code_RD[counted_R]))
         if weights.contrastive > 0:
             found = contrast(weights, code_RD[counted_R], condition_RE[counted_R], rows.clip_R[counted_R])

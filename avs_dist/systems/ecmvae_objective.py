@@ -21,7 +21,7 @@ from avs_dist.systems.generator import Masks
 from avs_dist.systems.matching import with_mask
 from avs_dist.systems.segmentation import segmentation_terms
 from avs_dist.systems.trunk import Existing
-from avs_dist.world import all_reduce_sum, global_mean
+from avs_dist.world import all_reduce_sum, counted_mean, global_mean
 
 SPECIFIC = ("s_v", "s_a")
 
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         if posterior is not None:
             terms["posterior"] = share * self._reconstruction(clip, posterior)
             terms |= {
-                name: share * self.weights.beta * _frame_mean(loss_N, exist.select(with_mask(clip)))
+                name: share * self.weights.beta * counted_mean(loss_N, exist.select(with_mask(clip)))
                 for name, loss_N in self._divergences(prior, posterior, exist, draws).items()
             }
         if "c" in prior.codes:
@@ -70,7 +70,7 @@ class Objective(nn.Module):
                 terms["orthogonality"] = self.weights.orthogonality * torch.stack(parts).sum()
             if self.head is not None:
                 every_N = exist.select(clip.valid_BT)
-                parts = [share * _frame_mean(-self._information(path), every_N) for share, path in paths]
+                parts = [share * counted_mean(-self._information(path), every_N) for share, path in paths]
                 terms["information"] = self.weights.information * torch.stack(parts).sum()
         return terms
 
@@ -165,8 +165,3 @@ class Objective(nn.Module):
 def _gaussian(distribution: Distribution) -> Gaussian:
     assert isinstance(distribution, Gaussian)
     return distribution
-
-
-def _frame_mean(loss_N: Tensor, counted_N: Tensor) -> Tensor:
-    """This rank's share of the mean over the counted frames of all ranks."""
-    return global_mean((loss_N * counted_N).sum(), counted_N.sum().to(loss_N.dtype))
