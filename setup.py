@@ -27,6 +27,7 @@ setup(
         "docstring-parser>=0.16",  # the field descriptions of the configs become help texts
         "pyyaml>=6",
         "safetensors>=0.5",
+        "h5py>=3.8",  # AVE comes as HDF5
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",

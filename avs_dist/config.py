@@ -17,12 +17,14 @@ from typing import Any, Literal
 from avs_dist.model_config import (
     AudioConfig,
     BackboneConfig,
+    CodebookConfig,
     DecoderConfig,
     DiffusionConfig,
     LatentConfig,
     ModelConfig,
     NeckConfig,
     TPAVIConfig,
+    UnicodeConfig,
     at_least,
     share,
 )
@@ -30,6 +32,7 @@ from avs_dist.model_config import (
 __all__ = [  # those of the network are settings of a run like the others
     "AudioConfig",
     "BackboneConfig",
+    "CodebookConfig",
     "Config",
     "DataConfig",
     "DecoderConfig",
@@ -44,6 +47,8 @@ __all__ = [  # those of the network are settings of a run like the others
     "OptimConfig",
     "TPAVIConfig",
     "TrainConfig",
+    "UnicodeConfig",
+    "UnicodeLossConfig",
     "config_hash",
     "from_dict",
     "to_dict",
@@ -139,6 +144,44 @@ class DiffusionLossConfig:
 
 
 @dataclass(frozen=True)
+class UnicodeLossConfig:
+    """What Uni-Code asks of its semantic vectors; the names in brackets are those of the paper.
+
+    Args:
+        reconstruction: Weight of L_recon (eq. 3).
+        commitment: Weight of L_commit (beta, eq. 8).
+        club: Weight of the information that semantic and specific vectors share (L_MI, eq. 5); 0 = without.
+        club_estimate: Compare with all clips ("variational", eq. 5), or each with one other ("sampled").
+        club_input: What takes the place of the semantic vector: itself (paper), or its code ("quantised", public code).
+        club_steps: Steps of the network of eq. 4 on each batch, before the main step (public code: 5).
+        club_lr: Learning rate of these steps.
+        cpc: Weight of Cross-CPC (L_cpc, eq. 6); 0 = without. Negatives are the clips of all ranks.
+        cpc_self: Weight of predicting the own modality, relative to Cross-CPC (public code: 0.1).
+        align: What else pulls the modalities together: code matching (CMCM, L_cmcm), or, for the baselines of Table 1,
+            "margin" (S-MiT), "contrast" (MST, with shared_encoder), "transport" (CODIS), "cross_reconstruction"
+            (TURN); or "none".
+        align_weight: Its weight (paper: 1, public code: 0.5).
+    """
+
+    reconstruction: float = 1.0
+    commitment: float = 0.25
+    club: float = 1.0
+    club_estimate: Literal["variational", "sampled"] = "variational"
+    club_input: Literal["semantic", "quantised"] = "semantic"
+    club_steps: int = 5
+    club_lr: float = 1e-3
+    cpc: float = 1.0
+    cpc_self: float = 0.0
+    align: Literal["code_matching", "margin", "contrast", "transport", "cross_reconstruction", "none"] = "code_matching"
+    align_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("reconstruction", "commitment", "club", "club_lr", "cpc", "cpc_self", "align_weight"):
+            at_least(f"loss.unicode.{name}", getattr(self, name), 0)
+        at_least("loss.unicode.club_steps", self.club_steps, 1)
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Weights and variants of the losses.
 
@@ -160,6 +203,7 @@ class LossConfig:
     avm_normalise: bool = False
     latent: LatentLossConfig = field(default_factory=LatentLossConfig)
     diffusion: DiffusionLossConfig = field(default_factory=DiffusionLossConfig)
+    unicode: UnicodeLossConfig = field(default_factory=UnicodeLossConfig)
 
     def __post_init__(self) -> None:
         at_least("loss.mix", self.mix, 0)

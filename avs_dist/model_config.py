@@ -183,6 +183,82 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True)
+class CodebookConfig:
+    """Codebook that the modalities share (Uni-Code, section 4.3); it learns by a moving average, not by gradient.
+
+    Args:
+        num_codes: L (paper: 400).
+        decay: Of the moving average (gamma).
+        update: All modalities at once ("joint", eq. 7), or one after the other ("sequential", public code).
+        teacher: What a token is averaged with in the update: what "cross_attention" finds in the other modalities
+            (paper), their tokens of the same second ("time_aligned", public code), or "none" (without MM-EMA).
+        cross_commitment: Weight of the other modalities' codes in the commitment loss, relative to the own (eq. 8).
+        reset_after: Batches after which an unused code is re-initialised (N_re); 0 = never.
+        reset_rule: A code is in use while every modality chooses it ("all", paper), or while any does ("any", public
+            code).
+    """
+
+    num_codes: int = 400
+    decay: float = 0.99
+    update: Literal["joint", "sequential"] = "joint"
+    teacher: Literal["cross_attention", "time_aligned", "none"] = "cross_attention"
+    cross_commitment: float = 0.5
+    reset_after: int = 300
+    reset_rule: Literal["all", "any"] = "all"
+
+    def __post_init__(self) -> None:
+        at_least("model.unicode.codebook.num_codes", self.num_codes, 2)
+        share("model.unicode.codebook.decay", self.decay)
+        for name in ("cross_commitment", "reset_after"):
+            at_least(f"model.unicode.codebook.{name}", getattr(self, name), 0)
+
+
+Modality = Literal["audio", "visual", "text"]
+
+
+@dataclass(frozen=True)
+class UnicodeConfig:
+    """Uni-Code: encoders of each modality and the codebook that they share.
+
+    Args:
+        modalities: Which are trained together: any two of audio, visual and text, or all three.
+        inputs: "features" of each second from shards of features (published), or "media": frames and log-mel, through
+            model.backbone and model.audio.
+        dim: Numbers of a semantic vector and of a code, D.
+        layers: Transformer layers of a semantic encoder (public code: 2).
+        heads: Attention heads of each.
+        dropout: Of the transformer layers (public code: 0.1).
+        specific: Numbers of what is specific to sound or text (public code: 256).
+        visual_specific: Channels of what is specific to the picture (public code: 2048).
+        shared_encoder: One transformer for all modalities (MST).
+        context_layers: Layers of the LSTM of Cross-CPC (paper: 1, public code: 2).
+        predict_steps: Steps that Cross-CPC looks ahead (K).
+    """
+
+    modalities: tuple[Modality, ...] = ("audio", "visual")
+    inputs: Literal["features", "media"] = "features"
+    dim: int = 256
+    layers: int = 2
+    heads: int = 4
+    dropout: float = 0.1
+    specific: int = 256
+    visual_specific: int = 2048
+    shared_encoder: bool = False
+    context_layers: int = 1
+    predict_steps: int = 1
+    codebook: CodebookConfig = field(default_factory=CodebookConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "layers", "heads", "specific", "visual_specific", "context_layers", "predict_steps"):
+            at_least(f"model.unicode.{name}", getattr(self, name), 1)
+        share("model.unicode.dropout", self.dropout)
+        if len(set(self.modalities)) != len(self.modalities) or len(self.modalities) < 2:
+            raise ValueError(f"model.unicode.modalities={list(self.modalities)}: name two or three, each once")
+        if self.inputs == "media" and "text" in self.modalities:
+            raise ValueError("model.unicode.inputs=media: there is no text in frames and sound; leave text out")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The network.
 
@@ -192,7 +268,7 @@ class ModelConfig:
         num_classes: 1 = sounding or silent (S4, MS3); AVSS: 71 classes, the first is the background.
     """
 
-    system: Literal["tpavi", "ecmvae", "diffusion"] = "tpavi"
+    system: Literal["tpavi", "ecmvae", "diffusion", "unicode"] = "tpavi"
     compat: Literal["paper", "published_code"] = "paper"
     num_classes: int = 1
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -202,6 +278,7 @@ class ModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    unicode: UnicodeConfig = field(default_factory=UnicodeConfig)
 
     def __post_init__(self) -> None:
         at_least("model.num_classes", self.num_classes, 1)

@@ -1,4 +1,4 @@
-"""What one clip is inside a shard: the Sample record and the facts that writer and reader share."""
+"""What one clip is inside a shard: the Sample and FeatureSample records and the facts that writer and reader share."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ class Sample:
     mel_TFM: np.ndarray
     masks_THW: np.ndarray
     labelled_T: np.ndarray
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FeatureSample:
+    """One clip as paired sequences of features, as decoded from a shard of kind "features".
+
+    features: float16 or float32 by modality: "visual" [T,h,w,C] and "audio" [T,C] of each second, "text" [W,C] of each
+              word. Modalities that the clip lacks are left out; lengths may differ.
+    labels:   uint8 [T,K] by modality ("visual", "audio"), 1 where an event of the K happens in that second, all 0 in
+              background; empty where nothing is labelled.
+    meta:     JSON facts: category, prompt, source ...
+    """
+
+    name: str
+    features: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
     meta: dict[str, Any] = field(default_factory=dict)
 
 
