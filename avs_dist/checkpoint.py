@@ -39,9 +39,11 @@ def save(
     step: int,
     image_size: int,
     metrics: dict[str, float],
+    best_by: str = "miou",
     classes: tuple[str, ...] | None = None,
 ) -> Path:
-    """Write the checkpoint of `step` (collective) and point last.json, and if it scores highest best.json, to it."""
+    """Write the checkpoint of `step` (collective) and point last.json to it, and best.json if no other has had a higher
+    value of the metric `best_by`."""
     root = _root(config.train.out_dir)
     final = root / f"step-{step:06d}"
     staging = root / f".{final.name}.partial"
@@ -58,7 +60,7 @@ def save(
         seal(staging, config, step=step, image_size=image_size, metrics=metrics, classes=classes)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
-        _point(root, final, step, metrics)
+        _point(root, final, step, metrics, best_by)
         _prune(root)
     world.barrier()  # nobody reads before rank 0 has renamed
     return final
@@ -261,11 +263,11 @@ def _pointed(pointer: Path) -> Path | None:
     return folder if (folder / MANIFEST).is_file() else None
 
 
-def _point(root: Path, final: Path, step: int, metrics: dict[str, float]) -> None:
+def _point(root: Path, final: Path, step: int, metrics: dict[str, float], best_by: str) -> None:
     entry = {"folder": final.name, "step": step, **metrics}
     best = root / "best.json"
-    if "miou" in metrics and (
-        _pointed(best) is None or json.loads(best.read_text()).get("miou", -1.0) <= metrics["miou"]
+    if best_by in metrics and (
+        _pointed(best) is None or json.loads(best.read_text()).get(best_by, -1.0) <= metrics[best_by]
     ):
         _write_json(best, entry)
     _write_json(root / "last.json", entry)

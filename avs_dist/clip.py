@@ -25,6 +25,8 @@ class Clip:
     labelled_BT:  bool, which frames carry a mask.
     valid_BT:     bool, which frames exist (clips of different length share a batch; padding is zero).
     key:          clip names.
+    text_BWE:     float, vectors of the words of each clip's prompt; None where not all clips have one.
+    text_valid_BW: bool, which words exist; those come first, padding is zero.
     """
 
     frames_BTCHW: Tensor
@@ -33,6 +35,8 @@ class Clip:
     labelled_BT: Tensor
     valid_BT: Tensor
     key: tuple[str, ...]
+    text_BWE: Tensor | None = None
+    text_valid_BW: Tensor | None = None
 
     def __len__(self) -> int:
         return self.frames_BTCHW.shape[0]
@@ -46,6 +50,8 @@ class Clip:
             masks_BTHW=self.masks_BTHW.to(device, non_blocking=True),
             labelled_BT=self.labelled_BT.to(device, non_blocking=True),
             valid_BT=self.valid_BT.to(device, non_blocking=True),
+            text_BWE=None if self.text_BWE is None else self.text_BWE.to(device, dtype, non_blocking=True),
+            text_valid_BW=None if self.text_valid_BW is None else self.text_valid_BW.to(device, non_blocking=True),
         )
 
 
@@ -86,4 +92,22 @@ def collate(samples: Sequence[Sample]) -> Clip:
         masks[i, :n] = torch.from_numpy(s.masks_THW)
         labelled[i, :n] = torch.from_numpy(s.labelled_T)
         valid[i, :n] = True
-    return Clip(frames, mel, masks, labelled, valid, tuple(s.name for s in samples))
+    return Clip(frames, mel, masks, labelled, valid, tuple(s.name for s in samples), *_collate_text(samples))
+
+
+def _collate_text(samples: Sequence[Sample]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Words [B,W,E], as many as the longest prompt has, and which of them exist."""
+    words = [s.text_WE for s in samples if s.text_WE is not None]
+    if len(words) < len(samples):
+        return None, None
+    text = torch.zeros(len(words), max(map(len, words)), words[0].shape[1])
+    valid = torch.zeros(text.shape[:2], dtype=torch.bool)
+    for i, (s, text_WE) in enumerate(zip(samples, words, strict=True)):
+        if text_WE.shape[1] != text.shape[2]:
+            raise ValueError(
+                f"clip {s.name}: word vectors have {text_WE.shape[1]} numbers, others of the batch {text.shape[2]}; "
+                "build all shards with one --word-vectors"
+            )
+        text[i, : len(text_WE)] = torch.from_numpy(text_WE)
+        valid[i, : len(text_WE)] = True
+    return text, valid

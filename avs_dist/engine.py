@@ -22,8 +22,9 @@ from avs_dist import world
 from avs_dist.clip import Clip
 from avs_dist.config import Config
 from avs_dist.optim import build_optimizer, lr_factor
+from avs_dist.sequences import Sequences
 from avs_dist.shards import plan
-from avs_dist.systems.base import LatentCodes, Prediction, System
+from avs_dist.systems.base import Encoded, LatentCodes, Prediction, System
 
 
 def micro_batch_size(config: Config) -> int:
@@ -87,7 +88,7 @@ class Engine:
             f"precision={'bf16' if self._engine.bfloat16_enabled() else 'fp32'} kernels={'+'.join(implementations)}"
         )
 
-    def train_step(self, micro_batches: list[Clip], step: int) -> dict[str, float]:
+    def train_step(self, micro_batches: list[Clip] | list[Sequences], step: int) -> dict[str, float]:
         """One optimiser step over the rank's micro-batches; returns the loss terms, and what the system observed,
         averaged over all ranks.
 
@@ -99,13 +100,13 @@ class Engine:
         self._engine.train()
         self._set_learning_rate(step)
         totals: dict[str, Tensor] = {}
-        for clip in micro_batches:
-            terms = self._engine("loss_terms", clip.to(self.device, self.dtype), step)
+        for batch in micro_batches:
+            terms = self._engine("loss_terms", batch.to(self.device, self.dtype), step)
             loss = torch.stack(list(terms.values())).sum()
             for name, value in {"loss": loss, **terms, **self.system.take_observed()}.items():
                 share = value.detach().double() / len(micro_batches)
                 totals[name] = totals[name] + share if name in totals else share
-            if clip is micro_batches[-1]:
+            if batch is micro_batches[-1]:
                 means = _rank_mean(totals)
                 _require_finite(means, step)
             self._engine.backward(loss)
@@ -121,6 +122,11 @@ class Engine:
     def latents(self, clip: Clip) -> LatentCodes | None:
         self._engine.eval()
         return self._engine("latents", clip.to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def encode(self, batch: Sequences) -> dict[str, Encoded]:
+        self._engine.eval()
+        return self._engine("encode", batch.to(self.device, self.dtype))
 
     def learning_rate(self, step: int) -> float:
         return self.config.optim.lr * lr_factor(step, self.config.train.max_steps, self.config.optim)

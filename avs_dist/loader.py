@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader, IterableDataset
 
 from avs_dist import world
-from avs_dist.clip import Clip, collate
-from avs_dist.config import Config
+from avs_dist.clip import collate
+from avs_dist.config import Config, UnicodeConfig
+from avs_dist.sequences import collate_features, collate_media
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.pipeline import EvalStream, TrainStream
 
 AudioSource = Literal["real", "muted", "swapped"]
 
 
-def train_batches(config: Config, index: ShardIndex, start_step: int) -> Iterator[list[Clip]]:
+def train_batches(config: Config, index: ShardIndex, start_step: int) -> Iterator[list[Any]]:
     """The micro-batches of this rank, one list per optimiser step, from `start_step` to the end of the run."""
     stream = TrainStream(
         index,
@@ -29,7 +31,7 @@ def train_batches(config: Config, index: ShardIndex, start_step: int) -> Iterato
         world_size=world.world_size(),
         start_step=start_step,
         num_steps=config.train.max_steps - start_step,
-        collate=collate,
+        collate=_collate(config, index),
     )
     batches = iter(_loader(stream, config))
     for _ in range(start_step, config.train.max_steps):
@@ -45,16 +47,34 @@ def eval_loader(
     audio: AudioSource = "real",
 ) -> DataLoader[Any]:
     """Batches `(clip, positions)` of one split; every rank gets the same number, position -1 marks padding."""
+    index = ShardIndex.load(config.data.shards)
     stream = EvalStream(
-        ShardIndex.load(config.data.shards),
+        index,
         split,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
-        collate=collate,
+        collate=_collate(config, index),
         audio=audio,
     )
     return _loader(stream, config)
+
+
+def _collate(config: Config, index: ShardIndex) -> Callable[[list[Any]], Any]:
+    """Clips for systems of masks, sequences for codebooks."""
+    if config.model.system != "unicode":
+        return collate
+    return sequence_collate(config.model.unicode, index)
+
+
+def sequence_collate(config: UnicodeConfig, index: ShardIndex) -> Callable[[list[Any]], Any]:
+    """Makes a Sequences batch of what the shards hold, as long as their longest clip."""
+    if config.inputs == "media":
+        text = config.text_channels if "text" in config.modalities else None
+        return partial(collate_media, num_steps=index.clip_seconds, text_channels=text)
+    return partial(
+        collate_features, shapes=config.shapes, num_steps=index.clip_seconds, num_events=len(index.events or ())
+    )
 
 
 def _loader(stream: IterableDataset[Any], config: Config) -> DataLoader[Any]:

@@ -223,7 +223,10 @@ class UnicodeConfig:
     Args:
         modalities: Which are trained together: any two of audio, visual and text, or all three.
         inputs: "features" of each second from shards of features (published), or "media": frames and log-mel, through
-            model.backbone and model.audio.
+            model.backbone and model.audio, of which a coarse copy is reconstructed, and the words of the prompt.
+        visual_shape: Height, width and channels of the features of a picture; of media the size of the map alone.
+        audio_channels: Numbers in the features of a second of sound.
+        text_channels: Numbers in the vector of a word.
         dim: Numbers of a semantic vector and of a code, D.
         layers: Transformer layers of a semantic encoder (public code: 2).
         heads: Attention heads of each.
@@ -237,6 +240,9 @@ class UnicodeConfig:
 
     modalities: tuple[Modality, ...] = ("audio", "visual")
     inputs: Literal["features", "media"] = "features"
+    visual_shape: tuple[int, int, int] = (7, 7, 512)
+    audio_channels: int = 128
+    text_channels: int = 768
     dim: int = 256
     layers: int = 2
     heads: int = 4
@@ -254,8 +260,30 @@ class UnicodeConfig:
         share("model.unicode.dropout", self.dropout)
         if len(set(self.modalities)) != len(self.modalities) or len(self.modalities) < 2:
             raise ValueError(f"model.unicode.modalities={list(self.modalities)}: name two or three, each once")
-        if self.inputs == "media" and "text" in self.modalities:
-            raise ValueError("model.unicode.inputs=media: there is no text in frames and sound; leave text out")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Features of one step of each modality."""
+        known: dict[str, tuple[int, ...]] = {
+            "audio": (self.audio_channels,),
+            "visual": self.visual_shape,
+            "text": (self.text_channels,),
+        }
+        return {modality: known[modality] for modality in self.modalities}
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """Segmentation of what a query means, its codes taken from a frozen Uni-Code (section 5.1, AVS-S4).
+
+    Args:
+        checkpoint: Checkpoint or run of Uni-Code; model.unicode, model.backbone and model.audio must be as they were
+            there where they matter. Needed for training alone.
+        modality: What asks in training: "audio" or "text"; evaluation may ask in the other.
+    """
+
+    checkpoint: str | None = None
+    modality: Literal["audio", "text"] = "audio"
 
 
 @dataclass(frozen=True)
@@ -268,7 +296,7 @@ class ModelConfig:
         num_classes: 1 = sounding or silent (S4, MS3); AVSS: 71 classes, the first is the background.
     """
 
-    system: Literal["tpavi", "ecmvae", "diffusion", "unicode"] = "tpavi"
+    system: Literal["tpavi", "ecmvae", "diffusion", "unicode", "query"] = "tpavi"
     compat: Literal["paper", "published_code"] = "paper"
     num_classes: int = 1
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -279,6 +307,7 @@ class ModelConfig:
     latent: LatentConfig = field(default_factory=LatentConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     unicode: UnicodeConfig = field(default_factory=UnicodeConfig)
+    query: QueryConfig = field(default_factory=QueryConfig)
 
     def __post_init__(self) -> None:
         at_least("model.num_classes", self.num_classes, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,19 +13,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from avs_dist import checkpoint, world
-from avs_dist.augment import mirror
-from avs_dist.clip import Clip
-from avs_dist.collapse import CollapseMonitor
 from avs_dist.config import Config, to_dict
-from avs_dist.draws import ClipDraws
-from avs_dist.engine import Engine, micro_batch_size, stop
-from avs_dist.evaluate import evaluate
-from avs_dist.loader import eval_loader, train_batches
+from avs_dist.engine import Engine, stop
+from avs_dist.loader import train_batches
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
-from avs_dist.shards.plan import PADDING
 from avs_dist.systems import build_system
-from avs_dist.systems.matching import with_mask
+from avs_dist.tasks import build_task
 
 
 def train(config: Config) -> Path:
@@ -44,9 +37,9 @@ def train(config: Config) -> Path:
 
 
 def _train(config: Config, device: torch.device) -> Path:
-    _check_batch(config)  # fail before anything expensive is built
+    task = build_task(config)  # fails before anything expensive is built
     index = ShardIndex.load(config.data.shards)
-    _check_data(index, config)
+    task.check_data(index)
     previous = _previous_run(config)
     torch.manual_seed(config.seed)
     init_from = None if previous else config.train.init_from
@@ -66,10 +59,10 @@ def _train(config: Config, device: torch.device) -> Path:
     saved = previous
     with RunLog(config, first_step=done) as log:
         for step, micro_batches in enumerate(train_batches(config, index, done), start=done):
-            augmented = [_augment(clip, step, config) for clip in micro_batches]
+            augmented = [task.augment(batch, step) for batch in micro_batches]
             log.step(step, engine.train_step(augmented, step), engine.learning_rate(step))
             if _due(step + 1, config):
-                metrics, codes = _evaluate(engine, config)
+                metrics, codes = task.evaluate(engine)
                 log.evaluation(step + 1, metrics, codes)
                 saved = checkpoint.save(
                     engine,
@@ -77,6 +70,7 @@ def _train(config: Config, device: torch.device) -> Path:
                     step=step + 1,
                     image_size=index.image_size,
                     metrics=metrics,
+                    best_by=task.best_by,
                     classes=index.classes,
                 )
     if saved is None:
@@ -84,30 +78,6 @@ def _train(config: Config, device: torch.device) -> Path:
     if world.is_main():
         print(f"checkpoint: {saved}", flush=True)
     return saved
-
-
-def _check_batch(config: Config) -> None:
-    together = micro_batch_size(config) * world.world_size()
-    if config.model.system == "diffusion" and config.loss.diffusion.contrastive > 0 and together < 2:
-        raise ValueError(
-            "train.global_batch, engine.grad_accumulation: one clip at a time leaves nothing to contrast; take more or "
-            "set loss.diffusion.contrastive=0"
-        )
-
-
-def _check_data(index: ShardIndex, config: Config) -> None:
-    """Refuse before the first step what would otherwise fail in the middle of the run."""
-    num_classes = len(index.classes) if index.classes else 1
-    if num_classes != config.model.num_classes:
-        loss = "cross_entropy" if num_classes > 1 else "bce"
-        raise ValueError(
-            f"model.num_classes={config.model.num_classes}: the masks in {config.data.shards} have {num_classes}; set "
-            f"model.num_classes={num_classes} and loss.segmentation={loss}"
-        )
-    for key in ("train_split", "eval_split"):
-        split = getattr(config.data, key)
-        if not any(clip.labelled for shard in index.split(split) for clip in shard.clips):
-            raise ValueError(f"data.{key}={split}: no clip of this split in {config.data.shards} has a mask")
 
 
 def _previous_run(config: Config) -> Path | None:
@@ -123,40 +93,6 @@ def _previous_run(config: Config) -> Path | None:
 def _due(steps_done: int, config: Config) -> bool:
     every = config.train.eval_every
     return steps_done == config.train.max_steps or (every > 0 and steps_done % every == 0)
-
-
-def _augment(clip: Clip, step: int, config: Config) -> Clip:
-    draws = ClipDraws(config.seed, step, clip.key)
-    return mirror(clip, config.data.mirror, draws, each_frame=config.model.compat == "published_code")
-
-
-def _evaluate(engine: Engine, config: Config) -> tuple[dict[str, float], dict[str, float]]:
-    """Metrics, and the state of the latent codes of a system that has them."""
-    batches = _Watched(engine, config)
-    metrics = evaluate(engine.predict, batches)
-    return metrics, batches.monitor.compute().scalars() if batches.monitor else {}
-
-
-class _Watched:
-    """Evaluation batches; the codes of a system that has them pass the posterior-collapse monitor on the way."""
-
-    def __init__(self, engine: Engine, config: Config) -> None:
-        size = micro_batch_size(config)
-        self._loader = eval_loader(config, config.data.eval_split, size, world.rank(), world.world_size())
-        self._engine = engine
-        self.monitor: CollapseMonitor | None = None
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[tuple[Clip, Sequence[int]]]:
-        for clip, positions in self._loader:
-            codes = self._engine.latents(clip)
-            if codes is not None and codes.posterior:
-                self.monitor = self.monitor or CollapseMonitor()
-                counted_BT = clip.valid_BT & (torch.as_tensor(positions)[:, None] != PADDING) & with_mask(clip)
-                self.monitor.update(codes, counted_BT)
-            yield clip, positions
 
 
 class RunLog:

@@ -104,11 +104,15 @@ def counted_mean(value_N: Tensor, counted_N: Tensor) -> Tensor:
     return global_mean((value_N * counted_N).sum(), counted_N.sum().to(value_N.dtype))
 
 
-def gather_rows(value_MC: Tensor) -> tuple[Tensor, int]:
-    """Rows of all ranks in rank order, with gradient, and the index of this rank's first row; M may differ."""
+def gather_rows(value_MC: Tensor, equal: bool = False) -> tuple[Tensor, int]:
+    """Rows of all ranks in rank order, with gradient, and the index of this rank's first row.
+
+    Args:
+        equal: all ranks have the same M, so that none asks the others for theirs (which waits for the device).
+    """
     if world_size() == 1:
         return value_MC, 0
-    sizes = gather_objects(len(value_MC))
+    sizes = [len(value_MC)] * world_size() if equal else gather_objects(len(value_MC))
     first = sum(sizes[: rank()])
     before = value_MC.new_zeros(first, *value_MC.shape[1:])
     after = value_MC.new_zeros(sum(sizes[rank() + 1 :]), *value_MC.shape[1:])

@@ -13,7 +13,8 @@ import torch
 
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
-from avs_dist.shards.build import BuildConfig, build
+from avs_dist.shards.build import build
+from avs_dist.shards.build_config import SENTENCE, BuildConfig
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.schema import INDEX_FILE
 from avs_dist.shards.verify import describe, verify
@@ -25,11 +26,16 @@ Sources:
   avsbench-ms3   the folder Multi-sources/ of AVSBench (or the folder that holds it)
   avss           the folder avs_released/ of AVSBench-semantic (or the folder that holds it)
   videos         every media file below --root, cut into windows of --clip-s seconds, without masks, split "test"
+  vggsound-avel  stored features: vggsound-avel*.csv and a zip for each clip in feature/{video,audio,label}/zip/
+  ave            stored features: {visual_feature,audio_feature,labels,train_order,val_order,test_order}.h5
+  avvp           stored features: AVVP_eval_{visual,audio}_checked_combined.csv, zips as above without labels
+  feature-list   stored features: one csv with category, video_id (and split), zips of either modality or both
 
 For AVSBench the official visual_frames are used where they are there; else one frame a second is decoded from
 raw_videos by the published rule. A clip that cannot be decoded, or hangs the decoder, is skipped and listed with its
 reason in index.json. Pictures of avss are squashed to --size in val and test and cropped to the middle square in train,
-as published; its masks tell the classes by colour. The build can be killed at any time: the same command goes on where
+as published; its masks tell the classes by colour. Stored features are converted once, their pickles read without
+unpickling; shards/README.md tells the details. The build can be killed at any time: the same command goes on where
 it stopped.
 """
 
@@ -60,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _build_parser() -> Parser:
     parser = Parser(description=BUILD_HELP)
-    kind = Literal["avsbench-s4", "avsbench-ms3", "avss", "videos"]
+    kind = Literal["avsbench-s4", "avsbench-ms3", "avss", "videos", "vggsound-avel", "ave", "avvp", "feature-list"]
     add = parser.add_argument
     add("--source", type=kind, required=True, help="layout of the raw clips, see above")
     add("--root", type=Path, required=True, help="folder of the raw clips")
@@ -72,7 +78,11 @@ def _build_parser() -> Parser:
     add("--deadline-s", type=float, default=60.0, help="longest time for decoding one clip")
     add("--frames", type=Literal["png", "jpeg"], default="png", help="png is lossless; jpeg (quality 95) is smaller")
     add("--decode-video", action="store_true", help="AVSBench: decode raw_videos although visual_frames are there")
-    add("--clip-s", type=int | None, help="longest clip in seconds (default: 10 for avss, else 5)")
+    add("--clip-s", type=int | None, help="longest clip in seconds (default: 10 for avss and features, else 5)")
+    add("--features", type=Literal["float16", "float32"], default="float16", help="features: type of the stored values")
+    add("--word-vectors", type=Path | None, help="safetensors or GloVe file (default: vectors made from the words)")
+    prompts_help = "avsbench-s4: add prompts, from a csv with label and prompt or, without one, sentences"
+    add("--prompts", type=str | None, nargs="?", const=SENTENCE, metavar="CSV", help=prompts_help)
     return parser
 
 

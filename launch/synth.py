@@ -16,6 +16,7 @@ from typing import Literal
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
 from avs_dist.shards.synthetic import write_benchmark
+from avs_dist.shards.synthetic_sequences import write_sequences
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="Folder; the data go to a folder named as published")
     parser.add_argument(
         "--setting",
-        type=Literal["s4", "ms3", "avss"],
+        type=Literal["s4", "ms3", "avss", "cmg"],
         required=True,
         help="One source, switching ones, a mix with classes",
     )
@@ -34,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="Processes; no effect on the result"
     )
     args = parser.parse_args(argv)
+    if args.setting == "cmg":
+        roots = write_sequences(args.out, args.clips, args.seed)
+        print(f"{args.clips} clips in each of {', '.join(map(str, roots))}")
+        return 0
     root = write_benchmark(args.out, args.setting, args.clips, args.seed, args.size, args.workers)
     print(f"{args.clips} clips in {root}")
     return 0

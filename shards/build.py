@@ -8,7 +8,6 @@ run goes on behind the last record and gives the same bytes as a run without a b
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
 import sys
@@ -21,60 +20,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from avs_dist.shards.build_config import FEATURE_RULES, BuildConfig
+from avs_dist.shards.clip_recipe import clip_recipe
+from avs_dist.shards.feature_recipe import feature_recipe
 from avs_dist.shards.index import ShardEntry, ShardIndex, write_json
-from avs_dist.shards.make import make_sample
-from avs_dist.shards.members import FRAME_FORMATS, encode_clip
 from avs_dist.shards.pool import DecodePool
-from avs_dist.shards.schema import INDEX_FILE, SCHEMA_VERSION, Sample
-from avs_dist.shards.sources import ClipJob, avsbench, avss, videos
-from avs_dist.shards.workers import ClipError, MediaWorker, VideoFacts
+from avs_dist.shards.recipe import Recipe, relative
+from avs_dist.shards.schema import INDEX_FILE, FeatureSample, Sample
+from avs_dist.shards.sources import ClipJob, FeatureJob
+from avs_dist.shards.workers import MediaWorker
 from avs_dist.shards.write import ShardWriter
 
-_FRAME_RULE = "one frame a second, the one at 15/16 of it (AVSBench)"
-SOURCE_RULES = {
-    "avsbench-s4": f"AVSBench S4 folders; {_FRAME_RULE}; first mask only in train",
-    "avsbench-ms3": f"AVSBench MS3 folders; {_FRAME_RULE}; all masks",
-    "avss": "AVSBench-semantic folders; published frames, squashed in val and test, cropped to the middle in train; "
-    "classes by colour; first mask only in train of v1s",
-    "videos": f"consecutive windows of media files; {_FRAME_RULE}; no masks; split test",
-}
-SOURCES = tuple(SOURCE_RULES)
-_LONGEST_S = {"avss": 10}
 _RECORDS = ".build"
-
-
-@dataclass(frozen=True)
-class BuildConfig:
-    """Settings of a build; see `avs-dist shards build --help`."""
-
-    source: str
-    root: Path
-    out: Path
-    size: int = 224
-    workers: int = 1
-    shard_mb: float = 128.0
-    max_skipped: float = 0.01
-    deadline_s: float = 60.0
-    frames: str = "png"
-    decode_video: bool = False
-    clip_s: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ValueError(f"unknown source '{self.source}'; known: {', '.join(SOURCES)}")
-        if self.frames not in FRAME_FORMATS:
-            raise ValueError(f"unknown frame format '{self.frames}'; known: {', '.join(FRAME_FORMATS)}")
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"--root {self.root} is not a folder")
-        if self.size < 1 or self.longest_s < 1 or self.shard_mb <= 0 or self.deadline_s <= 0:
-            raise ValueError("--size, --clip-s, --shard-mb and --deadline-s must be positive")
-        if not 0.0 <= self.max_skipped <= 1.0:
-            raise ValueError(f"--max-skipped is a fraction from 0 to 1, got {self.max_skipped:g}")
-
-    @property
-    def longest_s(self) -> int:
-        """Longest clip in seconds: `clip_s`, or what suits the source."""
-        return _LONGEST_S.get(self.source, 5) if self.clip_s is None else self.clip_s
 
 
 def build(config: BuildConfig, progress: bool = True) -> ShardIndex:
@@ -87,14 +44,14 @@ def build(config: BuildConfig, progress: bool = True) -> ShardIndex:
     config.out.mkdir(parents=True, exist_ok=True)
     records = config.out / _RECORDS
     with _locked(config.out), DecodePool(config.workers, config.deadline_s) as pool:
-        jobs = list_jobs(config, pool)
-        settings = _settings(config, jobs)
+        recipe = feature_recipe(config) if config.source in FEATURE_RULES else clip_recipe(config, pool)
+        settings = recipe.settings
         if (config.out / INDEX_FILE).exists():
             _check_settings(ShardIndex.load(config.out).settings, settings, config.out)
             shutil.rmtree(records, ignore_errors=True)
             return ShardIndex.load(config.out)
         _prepare(config.out, records, settings)
-        shards, skipped = _write_shards(config, jobs, pool, records, progress)
+        shards, skipped = _write_shards(config, recipe, pool, records, progress)
         if not shards:
             raise RuntimeError(f"no usable clip: {_reasons(skipped)}")
         index = ShardIndex(config.out, settings, tuple(shards), tuple(skipped))
@@ -103,45 +60,28 @@ def build(config: BuildConfig, progress: bool = True) -> ShardIndex:
     return index
 
 
-def list_jobs(config: BuildConfig, pool: DecodePool) -> list[ClipJob]:
-    """The clips of the source in the order of the shards."""
-    if config.source == "videos":
-        return videos.list_clips(config.root, config.longest_s, lambda paths: list(pool.map(_probe, paths)))
-    if config.source == "avss":
-        return avss.list_clips(config.root, config.longest_s)
-    layout = avsbench.S4 if config.source == "avsbench-s4" else avsbench.MS3
-    return avsbench.list_clips(layout, config.root, config.longest_s, config.decode_video)
-
-
-def _probe(path: Path, worker: MediaWorker) -> VideoFacts | str:
-    try:
-        return worker.probe(path)
-    except ClipError as error:
-        return str(error)
-
-
 @dataclass(frozen=True)
 class _Made:
     """Result of one job: the sample and its tar segment, or the reason why there is none."""
 
-    job: ClipJob
-    sample: Sample | None = None
+    job: ClipJob | FeatureJob
+    sample: Sample | FeatureSample | None = None
     segment: bytes = b""
     reason: str = ""
 
 
 def _write_shards(
-    config: BuildConfig, jobs: Sequence[ClipJob], pool: DecodePool, records: Path, progress: bool
+    config: BuildConfig, recipe: Recipe, pool: DecodePool, records: Path, progress: bool
 ) -> tuple[list[ShardEntry], list[dict[str, str]]]:
     """Walk the splits, behind the records of an earlier run; shards and skipped clips of all of them."""
 
-    def make(job: ClipJob, worker: MediaWorker) -> _Made:
+    def make(job: ClipJob | FeatureJob, worker: MediaWorker) -> _Made:
         try:
-            sample = make_sample(job, worker, config.size)
-            return _Made(job, sample, encode_clip(sample, config.frames))
+            return _Made(job, *recipe.make(job, worker))
         except (ValueError, OSError) as error:
             return _Made(job, reason=str(error))
 
+    jobs = recipe.jobs
     done: list[dict[str, Any]] = []
     with tqdm(total=len(jobs), desc="clips", unit="clip", disable=not progress) as bar:
         for split, group in groupby(jobs, key=lambda job: job.split):
@@ -175,7 +115,7 @@ def _fill_shards(config: BuildConfig, split: str, first: int, results: Iterator[
         for made in results:
             record["taken"] += 1
             if made.sample is None:
-                path = _relative(made.job.path, config.root)
+                path = relative(made.job.path, config.root)
                 clip = {"name": made.job.name, "split": split, "path": path, "reason": made.reason}
                 record["skipped"].append(clip)
                 continue
@@ -226,36 +166,6 @@ def _check_skipped(config: BuildConfig, done: Sequence[dict[str, Any]], total: i
 
 def _reasons(skipped: Sequence[dict[str, str]]) -> str:
     return "; ".join(f"{clip['name']}: {clip['reason']}" for clip in skipped[:5])
-
-
-def _settings(config: BuildConfig, jobs: Sequence[ClipJob]) -> dict[str, Any]:
-    """What decides the bytes of the shards (not: workers, deadline, the place of the folders)."""
-    listing = "\n".join(
-        f"{j.split}\t{j.name}\t{j.start_s}\t{_relative(j.path, config.root)}\t{_size(j.path)}" for j in jobs
-    )
-    classes = {"classes": list(avss.read_classes(config.root))} if config.source == "avss" else {}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "source": config.source,
-        "source_rule": SOURCE_RULES[config.source],
-        "image_size": config.size,
-        "frame_format": config.frames,
-        "decode_video": config.decode_video,
-        "clip_seconds": config.longest_s,
-        "shard_mb": config.shard_mb,
-        "clips": len(jobs),
-        "clips_sha256": hashlib.sha256(listing.encode()).hexdigest(),
-        **classes,
-    }
-
-
-def _size(path: Path) -> int:
-    """Bytes of a media file, so that other contents under the same name are noticed; 0 for a folder of pictures."""
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def _check_settings(theirs: dict[str, Any], ours: dict[str, Any], out: Path) -> None:

@@ -1,7 +1,8 @@
-"""Writing files so that a half-written one is never seen under its final name."""
+"""Writing files so that a half-written one is never seen under its final name, and telling files apart."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -29,3 +30,12 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            sha256.update(chunk)
+    return sha256.hexdigest()

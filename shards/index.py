@@ -9,7 +9,7 @@ from typing import Any
 
 from avs_dist.shards.files import write_text
 from avs_dist.shards.palette import MAX_CLASSES
-from avs_dist.shards.schema import INDEX_FILE, MAX_CLIP_BYTES, SCHEMA_VERSION
+from avs_dist.shards.schema import CLIPS, FEATURE_NDIM, FEATURES, INDEX_FILE, MAX_CLIP_BYTES, SCHEMA_VERSION
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ShardEntry:
 class ShardIndex:
     """A finished folder of shards.
 
-    settings: how it was built (source, image size, frame format, clip length, names of the classes ...).
+    settings: how it was built (kind, source, image size, frame format, clip length, names of classes or events ...).
     skipped:  clips that could not be used: name, split, path, reason.
     """
 
@@ -89,7 +89,7 @@ class ShardIndex:
                     f"schema version {version}, this program reads version {SCHEMA_VERSION}: build the shards again"
                 )
             shards = tuple(ShardEntry.from_dict(shard) for shard in data["shards"])
-            _check_classes(data["settings"])
+            _check_settings(data["settings"])
             return ShardIndex(path.parent, data["settings"], shards, tuple(data["skipped"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -97,13 +97,34 @@ class ShardIndex:
             raise ValueError(f"{path}: {error}") from error
 
     @property
+    def kind(self) -> str:
+        """What the shards hold: "clips" (Sample) or "features" (FeatureSample)."""
+        return self.settings.get("kind", CLIPS)
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Names of the K event classes of features, without the background; empty for clips."""
+        return tuple(self.settings.get("events", ()))
+
+    @property
+    def feature_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one second (text: of one word) by modality, e.g. visual (7, 7, 512); empty for clips."""
+        return {name: tuple(shape) for name, shape in self.settings.get("feature_shapes", {}).items()}
+
+    @property
     def classes(self) -> tuple[str, ...] | None:
         """Name of each class, the background first; None where masks only tell sounding from silent."""
         return tuple(self.settings["classes"]) if "classes" in self.settings else None
 
     @property
+    def clip_seconds(self) -> int:
+        """Longest clip in seconds."""
+        return int(self.settings["clip_seconds"])
+
+    @property
     def image_size(self) -> int:
-        return int(self.settings["image_size"])
+        """Side of the frames in pixels; 0 for features."""
+        return 0 if self.kind == FEATURES else int(self.settings["image_size"])
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -139,6 +160,34 @@ class ShardIndex:
                 "skipped": list(self.skipped),
             },
         )
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Of what readers rely on; features need more than clips."""
+    kind = settings.get("kind", CLIPS)
+    if kind == FEATURES:
+        _check_events(settings)
+        _check_feature_shapes(settings["feature_shapes"])
+    elif kind != CLIPS:
+        raise ValueError(f"settings.kind must be '{CLIPS}' or '{FEATURES}', got {kind!r}")
+    _check_classes(settings)
+
+
+def _check_events(settings: dict[str, Any]) -> None:
+    names = settings["events"]
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not listed or not 1 <= len(set(names)) == len(names):
+        raise ValueError(f"settings.events must list one or more different names, got {names!r:.200}")
+    if "classes" in settings:
+        raise ValueError("settings.classes are for masks, features have settings.events")
+
+
+def _check_feature_shapes(shapes: Any) -> None:
+    """One shape for each modality: whole numbers from 1 on, as many as the modality has without its time."""
+    for name, shape in shapes.items():
+        whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
+        if not whole or len(shape) + 1 != FEATURE_NDIM.get(name):
+            raise ValueError(f"settings.feature_shapes: {name}: {shape!r:.200} is not the shape of a second's features")
 
 
 def _check_classes(settings: dict[str, Any]) -> None:

@@ -1,24 +1,23 @@
-"""The tar members of one clip, both ways: Sample -> bytes of a tar segment, and members -> Sample.
+"""The members of one clip of frames, both ways: Sample -> bytes of a tar segment, and members -> Sample.
 
-The layout is written down in README.md, key by key. Nothing here depends on the clock, the user or the machine, so
-that equal samples give equal bytes.
+The layout is written down in README.md, key by key.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import tarfile
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from avs_dist.shards import segment
 from avs_dist.shards.images import open_image
-from avs_dist.shards.schema import MAX_MEMBER_BYTES, MEL_BANDS, MEL_FRAMES, Sample, key_of
+from avs_dist.shards.schema import MEL_BANDS, MEL_FRAMES, Sample
+from avs_dist.shards.segment import decode_npy, encode_facts, encode_npy, member, tar_segment
 
 FRAME_FORMATS = ("png", "jpeg")
-_BLOCK = 512
+TEXT_MEMBER = "text.npy"
 
 
 def encode_clip(sample: Sample, frame_format: str = "png") -> bytes:
@@ -28,19 +27,19 @@ def encode_clip(sample: Sample, frame_format: str = "png") -> bytes:
         ValueError: If the arrays disagree in shape, or a member is larger than readers accept.
     """
     _check_shapes(sample)
-    key, seconds = key_of(sample.name), len(sample.frames_THWC)
+    seconds = sample.seconds
     facts = {**sample.meta, "name": sample.name, "seconds": seconds}
     facts["labelled"] = [t for t in range(seconds) if sample.labelled_T[t]]
     facts["frame_format"] = frame_format
-    members = {"json": json.dumps(facts, ensure_ascii=False, sort_keys=True).encode()}
+    members = {"json": encode_facts(facts)}
     for t in range(seconds):
         members[f"frame{t}.{_suffix(frame_format)}"] = _encode_image(sample.frames_THWC[t], frame_format)
     for t in facts["labelled"]:
         members[f"mask{t}.png"] = _encode_image(sample.masks_THW[t], "png")
-    array = io.BytesIO()
-    np.save(array, np.ascontiguousarray(sample.mel_TFM, dtype=np.float32), allow_pickle=False)
-    members["mel.npy"] = array.getvalue()
-    return b"".join(_tar_member(f"{key}.{name}", data) for name, data in sorted(members.items()))
+    members["mel.npy"] = encode_npy(sample.mel_TFM.astype(np.float32, copy=False))
+    if sample.text_WE is not None:
+        members[TEXT_MEMBER] = encode_npy(sample.text_WE.astype(np.float32, copy=False))
+    return tar_segment(sample.name, members)
 
 
 def decode_clip(members: dict[str, bytes], mel_TFM: np.ndarray | None = None) -> Sample:
@@ -61,15 +60,13 @@ def decode_clip(members: dict[str, bytes], mel_TFM: np.ndarray | None = None) ->
         masks_THW[t], labelled_T[t] = mask_HW, True
     mel = decode_mel(members, seconds) if mel_TFM is None else mel_TFM
     meta = {k: v for k, v in facts.items() if k not in ("name", "seconds", "labelled", "frame_format")}
-    return Sample(facts["name"], frames_THWC, mel, masks_THW, labelled_T, meta)
+    return Sample(facts["name"], frames_THWC, mel, masks_THW, labelled_T, meta, _decode_text(members))
 
 
 def decode_facts(members: dict[str, bytes]) -> dict[str, Any]:
     """The clip's json member, checked for what the decoder relies on."""
-    facts = json.loads(_member(members, "json"))
-    seconds = facts.get("seconds")
-    if not isinstance(seconds, int) or not 1 <= seconds <= 3600:
-        raise ValueError(f"json: 'seconds' must be a whole number from 1 to 3600, got {seconds!r}")
+    facts = segment.decode_facts(members)
+    seconds = facts["seconds"]
     if not all(isinstance(t, int) and 0 <= t < seconds for t in facts.get("labelled", [])):
         raise ValueError(f"json: 'labelled' names seconds outside 0..{seconds - 1}: {facts['labelled']}")
     if facts.get("frame_format") not in FRAME_FORMATS:
@@ -79,10 +76,20 @@ def decode_facts(members: dict[str, bytes]) -> dict[str, Any]:
 
 def decode_mel(members: dict[str, bytes], seconds: int) -> np.ndarray:
     """float32 [seconds,96,64]."""
-    mel = np.load(io.BytesIO(_member(members, "mel.npy")), allow_pickle=False)
+    mel = decode_npy(members, "mel.npy")
     if mel.dtype != np.float32 or mel.shape != (seconds, MEL_FRAMES, MEL_BANDS):
         raise ValueError(f"mel.npy is {mel.dtype} {mel.shape}, expected float32 {(seconds, MEL_FRAMES, MEL_BANDS)}")
     return mel
+
+
+def _decode_text(members: dict[str, bytes]) -> np.ndarray | None:
+    """float32 [W,E] of a clip with a prompt."""
+    if TEXT_MEMBER not in members:
+        return None
+    text_WE = decode_npy(members, TEXT_MEMBER)
+    if text_WE.dtype != np.float32 or text_WE.ndim != 2 or not text_WE.size or not np.isfinite(text_WE).all():
+        raise ValueError(f"{TEXT_MEMBER} is {text_WE.dtype} {text_WE.shape}, expected finite float32 [words, values]")
+    return text_WE
 
 
 def _check_shapes(sample: Sample) -> None:
@@ -113,22 +120,7 @@ def _encode_image(pixels: np.ndarray, image_format: str) -> bytes:
 
 
 def _decode_image(members: dict[str, bytes], name: str, mode: str) -> np.ndarray:
-    image = open_image(io.BytesIO(_member(members, name)), name)
+    image = open_image(io.BytesIO(member(members, name)), name)
     if image.format not in ("PNG", "JPEG") or image.mode != mode:
         raise ValueError(f"{name} is {image.format} of mode {image.mode}, expected mode {mode}")
     return np.array(image)
-
-
-def _member(members: dict[str, bytes], name: str) -> bytes:
-    if name not in members:
-        raise ValueError(f"member {name} is missing")
-    return members[name]
-
-
-def _tar_member(name: str, data: bytes) -> bytes:
-    if len(data) > MAX_MEMBER_BYTES:
-        raise ValueError(f"member {name} has {len(data)} bytes, readers accept {MAX_MEMBER_BYTES}")
-    info = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, empty user names
-    info.size, info.mode = len(data), 0o644
-    header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
-    return header + data + b"\0" * (-len(data) % _BLOCK)

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.plan import PADDING, TrainSequence, eval_batches, micro_batch_size, micro_batches
 from avs_dist.shards.read import Audio, ClipReader
-from avs_dist.shards.schema import Sample
 
 Batch = TypeVar("Batch")
 Item = TypeVar("Item")
-Collate = Callable[[list[Sample]], Batch]
+# the samples are what the shards hold, see ClipReader.samples
+Collate = Callable[[list[Any]], Batch]
 
 
 class TrainStream(IterableDataset[Batch], Generic[Batch]):

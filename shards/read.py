@@ -20,10 +20,19 @@ os.environ["WDS_SECURE"] = "1"  # before the import: refuse pickles and pipes in
 import webdataset as wds  # noqa: E402
 from webdataset.tariterators import group_by_keys, tar_file_expander  # noqa: E402
 
+from avs_dist.shards.feature_members import decode_features  # noqa: E402
 from avs_dist.shards.index import ClipEntry, ShardIndex  # noqa: E402
 from avs_dist.shards.members import decode_clip, decode_facts, decode_mel  # noqa: E402
 from avs_dist.shards.plan import swapped  # noqa: E402
-from avs_dist.shards.schema import MAX_MEMBER_BYTES, MEL_BANDS, MEL_FRAMES, SILENT_LOG_MEL, Sample  # noqa: E402
+from avs_dist.shards.schema import (  # noqa: E402
+    FEATURES,
+    MAX_MEMBER_BYTES,
+    MEL_BANDS,
+    MEL_FRAMES,
+    SILENT_LOG_MEL,
+    FeatureSample,
+    Sample,
+)
 
 Audio = Literal["real", "muted", "swapped"]
 
@@ -37,11 +46,19 @@ class ClipReader:
 
     Args:
         audio: "real"; "muted" (the log-mel of silence); "swapped" (that of the clip half the split away).
+
+    Raises:
+        ValueError: If there is no such split, or the sound of features should be replaced.
     """
 
     def __init__(self, index: ShardIndex, split: str, audio: Audio = "real") -> None:
         if audio not in ("real", "muted", "swapped"):
             raise ValueError(f"audio must be real, muted or swapped, got '{audio}'")
+        self._kind = index.kind
+        if audio != "real" and self._kind == FEATURES:
+            raise ValueError(
+                f"{index.directory} holds features, not log-mels that audio='{audio}' could replace: use 'real'"
+            )
         shards = index.split(split)
         self.shard_counts = [len(shard.clips) for shard in shards]
         self._entries = [(index.directory / shard.name, entry) for shard in shards for entry in shard.clips]
@@ -52,8 +69,8 @@ class ClipReader:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def samples(self, clips: Iterable[int]) -> Iterator[Sample]:
-        """Decoded samples of the clips, in order.
+    def samples(self, clips: Iterable[int]) -> Iterator[Any]:
+        """Decoded samples of the clips, in order: Sample, or FeatureSample where the shards hold features.
 
         Raises:
             DamagedClipError: If one is damaged.
@@ -89,10 +106,12 @@ class ClipReader:
         except (tarfile.TarError, OSError, ValueError) as error:
             raise self._damaged(clip, error) from error
 
-    def _sample(self, clip: int, members: dict[str, Any]) -> Sample:
+    def _sample(self, clip: int, members: dict[str, Any]) -> Sample | FeatureSample:
         key = self._entries[clip][1].key
         if members["__key__"] != key:
             raise self._damaged(clip, ValueError(f"the shard holds clip {members['__key__']} there"))
+        if self._kind == FEATURES:
+            return decode_features(members)
         return decode_clip(members, self._replacement(clip, members))
 
     def _replacement(self, clip: int, members: dict[str, bytes]) -> np.ndarray | None:

@@ -16,10 +16,19 @@ MEL_BANDS = 64
 LOG_OFFSET = 0.01
 SILENT_LOG_MEL = float(np.log(LOG_OFFSET))
 
+# What shards hold: Samples, FeatureSamples.
+CLIPS, FEATURES = "clips", "features"
+
+# Features of a clip: how many dimensions they have; all begin with seconds, those of text with words.
+FEATURE_NDIM = {"visual": 4, "audio": 2, "text": 2}
+# the modalities that events have seconds in
+LABELLED = ("visual", "audio")
+
 # Limits against decompression bombs; real clips stay far below.
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_CLIP_BYTES = 512 * 2**20
 MAX_PIXELS = 8192 * 8192
+MAX_CLIP_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Sample:
     masks_THW:   uint8, 0 = silent, 1 = sounding (or a class index); zero where not labelled.
     labelled_T:  bool, which frames carry a mask.
     meta:        JSON facts: category, sound ("ok" | "silent" | "none"), fps, original size, source ...
+    text_WE:     float32 vectors of the prompt's words, for clips that have one.
     """
 
     name: str
@@ -39,6 +49,19 @@ class Sample:
     masks_THW: np.ndarray
     labelled_T: np.ndarray
     meta: dict[str, Any] = field(default_factory=dict)
+    text_WE: np.ndarray | None = None
+
+    @property
+    def seconds(self) -> int:
+        return len(self.frames_THWC)
+
+    @property
+    def labelled_seconds(self) -> int:
+        return int(self.labelled_T.sum())
+
+    @property
+    def sound(self) -> str:
+        return self.meta.get("sound", "none")
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,20 @@ class FeatureSample:
     features: dict[str, np.ndarray]
     labels: dict[str, np.ndarray]
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> int:
+        """Of the longest modality but text, which has words instead."""
+        return max((len(self.features[name]) for name in LABELLED if name in self.features), default=0)
+
+    @property
+    def labelled_seconds(self) -> int:
+        """Of the modality that is labelled longest."""
+        return max((len(labels_TK) for labels_TK in self.labels.values()), default=0)
+
+    @property
+    def sound(self) -> str:
+        return "ok" if "audio" in self.features else "none"
 
 
 def key_of(name: str) -> str:

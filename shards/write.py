@@ -9,7 +9,7 @@ from pathlib import Path
 
 from avs_dist.shards.files import sync_directory
 from avs_dist.shards.index import ClipEntry, ShardEntry
-from avs_dist.shards.schema import MAX_CLIP_BYTES, Sample, key_of
+from avs_dist.shards.schema import MAX_CLIP_BYTES, FeatureSample, Sample, key_of
 
 # two zero blocks end an archive, and archives are padded to records of 20 blocks
 _RECORD = 20 * 512
@@ -29,8 +29,8 @@ class ShardWriter:
         self._clips: list[ClipEntry] = []
         self.bytes = 0
 
-    def add(self, sample: Sample, segment: bytes) -> None:
-        """Append the tar segment of a clip (`members.encode_clip`).
+    def add(self, sample: Sample | FeatureSample, segment: bytes) -> None:
+        """Append the tar segment of a clip (`members.encode_clip`, `feature_members.encode_features`).
 
         Raises:
             ValueError: If the segment is larger than readers accept.
@@ -43,9 +43,9 @@ class ShardWriter:
             offset=self.bytes,
             length=len(segment),
             crc32=zlib.crc32(segment),
-            seconds=len(sample.frames_THWC),
-            labelled=int(sample.labelled_T.sum()),
-            sound=sample.meta["sound"],
+            seconds=sample.seconds,
+            labelled=sample.labelled_seconds,
+            sound=sample.sound,
         )
         self._write(segment)
         self._clips.append(entry)

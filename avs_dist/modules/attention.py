@@ -1,4 +1,4 @@
-"""Transformer layers, normalised before each part (they need no warm-up) and without dropout.
+"""Attention, and transformer layers normalised before each part (they need no warm-up) and without dropout.
 
 torch's own layers read the weights of their sub-modules without calling these, while ZeRO-3 gathers the weights of what
 is called; and in evaluation they take another, fused way.
@@ -24,21 +24,34 @@ class Attention(nn.Module):
     Args:
         channels: C of keys, values and output; divisible by `heads`.
         query_channels: of the queries (None: C).
+        dropout: of the attention weights, in training.
     """
 
-    def __init__(self, channels: int, heads: int, query_channels: int | None = None) -> None:
+    def __init__(self, channels: int, heads: int, query_channels: int | None = None, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
+        self.dropout = dropout
         self.query = nn.Linear(query_channels or channels, channels)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, query_NQD: Tensor, key_NPC: Tensor, value_NPC: Tensor) -> Tensor:
-        """What each query gets of the values: [N,Q,C]."""
+    def forward(self, query_NQD: Tensor, key_NPC: Tensor, value_NPC: Tensor, valid_NP: Tensor | None = None) -> Tensor:
+        """What each query gets of the values: [N,Q,C].
+
+        Args:
+            valid_NP: bool, the keys that count (None: all). Where none does, all do: the softmax needs one.
+        """
+        mask_N11P = None
+        if valid_NP is not None:
+            mask_N11P = (valid_NP | ~valid_NP.any(1, keepdim=True))[:, None, None]
         query = self._split(self.query(query_NQD))
         heard = F.scaled_dot_product_attention(
-            query, self._split(self.key(key_NPC)), self._split(self.value(value_NPC))
+            query,
+            self._split(self.key(key_NPC)),
+            self._split(self.value(value_NPC)),
+            attn_mask=mask_N11P,
+            dropout_p=self.dropout if self.training else 0.0,
         )
         return self.out(heard.transpose(1, 2).flatten(2))
 

@@ -25,6 +25,14 @@ def build_system(config: Config, load_pretrained: bool = True) -> System:
         from avs_dist.systems.diffusion import DiffusionSystem
 
         return DiffusionSystem(config, load_pretrained)
+    if config.model.system == "unicode":
+        from avs_dist.systems.unicode import UnicodeSystem
+
+        return UnicodeSystem(config, load_pretrained)
+    if config.model.system == "query":
+        from avs_dist.systems.query import QuerySystem
+
+        return QuerySystem(config, load_pretrained)
     from avs_dist.systems.tpavi import TPAVISystem
 
     return TPAVISystem(config, load_pretrained)

@@ -44,6 +44,22 @@ class LatentCodes:
     posterior: dict[str, Gaussian | Mixture]  # empty where the system has none
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """One modality of a batch in the codebook; zero where there is no step.
+
+    semantic_BTD:   before quantisation.
+    quantised_BTD:  the code of each step.
+    indices_BT:     which code, int64; -1 where there is no step.
+    valid_BT:       which steps exist.
+    """
+
+    semantic_BTD: Tensor
+    quantised_BTD: Tensor
+    indices_BT: Tensor
+    valid_BT: Tensor
+
+
 class System(nn.Module, ABC):
     """A complete trainable system, assembled from modules in its constructor from a typed config."""
 
@@ -63,12 +79,16 @@ class System(nn.Module, ABC):
         return observed
 
     @abstractmethod
-    def loss_terms(self, clip: Clip, step: int) -> dict[str, Tensor]:
-        """Weighted loss terms (scalars, float32); the trainer sums them."""
+    def loss_terms(self, clip: Any, step: int) -> dict[str, Tensor]:
+        """Weighted loss terms (scalars, float32) of a batch; the trainer sums them."""
 
-    @abstractmethod
     def predict(self, clip: Clip, generator: torch.Generator | None = None) -> Prediction:
-        """Masks of a batch, without gradient."""
+        """Masks of a batch, without gradient.
+
+        Raises:
+            ValueError: the system paints no masks.
+        """
+        raise ValueError(f"{type(self).__name__} paints no masks: measure its codes with `avs-dist downstream`")
 
     def latents(self, clip: Clip) -> LatentCodes | None:
         """Latent codes of a batch in eval mode, without gradient; None for a system that has none."""
@@ -89,6 +109,6 @@ class System(nn.Module, ABC):
         """Optimiser groups; parameters without gradient (frozen encoders) are left out."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
-    def forward(self, method: Literal["loss_terms", "predict", "latents"], *args: Any) -> Any:
+    def forward(self, method: Literal["loss_terms", "predict", "latents", "encode"], *args: Any) -> Any:
         """Run a method through __call__, where DeepSpeed's hooks gather sharded parameters."""
         return getattr(self, method)(*args)

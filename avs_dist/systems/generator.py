@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from avs_dist.clip import Clip
 from avs_dist.config import ModelConfig
-from avs_dist.modules.audio import AUDIO_CHANNELS
 from avs_dist.modules.decoder import Skips, build_decoder
 from avs_dist.semantic import mask_pictures, sounding_logits
 from avs_dist.systems.trunk import NUM_STAGES, Existing, Trunk, build_necks
@@ -64,8 +63,8 @@ class Generator(nn.Module):
         self.num_classes, self.after_tpavi = model.num_classes, after_tpavi
         self.necks = build_necks(model, trunk.backbone.channels)
         self.injection = injection
-        channels, heard = model.neck.channels, AUDIO_CHANNELS if trunk.audio_encoder is not None else 0
-        self.decoder = build_decoder(model.decoder, channels, model.num_classes, model.compat, heard)
+        sizes = (model.neck.channels, model.num_classes, model.compat, trunk.heard_channels)
+        self.decoder = build_decoder(model.decoder, *sizes)
 
     def prepare(self, trunk: Trunk, seen: Seen) -> Scene:
         tokens = [neck(maps_NCHW) for neck, maps_NCHW in zip(self.necks, seen.maps, strict=True)]

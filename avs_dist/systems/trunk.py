@@ -44,23 +44,32 @@ class Existing:
 class Trunk(nn.Module):
     """Audio encoder, backbone and the TPAVI blocks; frames that do not exist (`valid_BT`) are not computed.
 
+    Args:
+        query_channels: D of the vectors that a system brings in place of the sound; there is no audio encoder then.
+
+    Attributes:
+        heard_channels: of the vector of a second that TPAVI and the decoder get; 0 where nothing listens.
+
     Raises:
         ValueError: model.tpavi.stages outside 0..3.
     """
 
-    def __init__(self, model: ModelConfig, load_pretrained: bool) -> None:
+    def __init__(self, model: ModelConfig, load_pretrained: bool, query_channels: int | None = None) -> None:
         super().__init__()
         if not set(model.tpavi.stages) <= set(range(NUM_STAGES)):
             raise ValueError(f"model.tpavi.stages: stages are 0 (finest) to 3, got {list(model.tpavi.stages)}")
+        listens = (model.tpavi.stages and model.tpavi.key != "visual") or model.decoder.kind == "transformer"
+        channels = AUDIO_CHANNELS if query_channels is None else query_channels
+        self.heard_channels = channels if listens else 0
         self.audio_encoder = None  # where nothing listens, as every parameter must get a gradient
-        if (model.tpavi.stages and model.tpavi.key != "visual") or model.decoder.kind == "transformer":
+        if listens and query_channels is None:
             self.audio_encoder = build_audio_encoder(model.audio.kind, model.audio.weights, load_pretrained)
         self.backbone = Backbone(model.backbone.name, model.backbone.weights if load_pretrained else "none")
         self.blocks = nn.ModuleDict(
             {
                 str(stage): TPAVI(
                     model.neck.channels,
-                    AUDIO_CHANNELS,
+                    channels,
                     time_aligned=model.tpavi.time_aligned,
                     key=model.tpavi.key,
                     implementation=model.tpavi.implementation,

@@ -1,10 +1,12 @@
-"""Where raw clips come from: a source lists ClipJobs, `build` turns each into a Sample."""
+"""Where raw clips come from: a source lists ClipJobs or FeatureJobs, `build` turns each into a sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from avs_dist.shards.images import Fit
 from avs_dist.shards.workers import VideoFacts
@@ -48,3 +50,42 @@ class ClipJob:
 
 # facts of each file, or the reason why there are none
 Probe = Callable[[Sequence[Path]], list[VideoFacts | str]]
+
+# features and labels of a clip by modality, as in FeatureSample but of any numeric type
+FeatureArrays = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class FeatureJob:
+    """One clip of stored features, still to be read.
+
+    name:  Unique within its split.
+    split: "train", "val" or "test".
+    files: What it is read from; the first is named when it fails.
+    read:  Reads it; raises ValueError or OSError, naming the file, where that cannot be done.
+    meta:  Facts for the shard; the words of a "prompt" become the features of text.
+    """
+
+    name: str
+    split: str
+    files: tuple[Path, ...]
+    read: Callable[[], FeatureArrays]
+    meta: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.files[0]
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What a source of features lists.
+
+    events: Names of the K event classes, in the order of the labels.
+    jobs:   Clips, train first; all have the same modalities.
+    tables: Small files that decide names, splits and labels.
+    """
+
+    events: tuple[str, ...]
+    jobs: list[FeatureJob]
+    tables: tuple[Path, ...]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 from avs_dist.shards.sources import SPLITS, ClipJob
+from avs_dist.shards.sources.metadata import NAME_BYTES, check_file_name, check_split, only_file, read_table
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 _NAME_COLUMNS = ("name", "video_id", "vid", "uid")
 _CATEGORY_COLUMNS = ("category", "sounding_objects", "a_obj")
-# longest file name of the usual file systems
-_NAME_BYTES = 255
 # what follows a clip's name in the name of a file: .mp4_10.png, .webm
 _ENDING_BYTES = 15
 
@@ -65,7 +63,7 @@ def list_clips(layout: Layout, root: Path, clip_s: int, decode_video: bool) -> l
     data = base / layout.data
     if not data.is_dir():
         raise FileNotFoundError(f"--root {root}: neither {layout.folder}/{layout.data} nor {layout.data} is in it")
-    rows = read_metadata(_metadata_file(base, layout))
+    rows = read_metadata(only_file(base, layout.metadata))
     if layout is S4 and any(not row.category for row in rows):
         raise ValueError(f"{base}: the S4 metadata needs a category for every clip")
     jobs = [_job(layout, data, row, clip_s, decode_video) for row in rows]
@@ -96,45 +94,14 @@ def read_metadata(path: Path) -> list[Row]:
         if len(line) <= max(name_at, split_at, category_at or 0):
             raise ValueError(f"{path}: a line has too few columns: {','.join(line)}")
         row = Row(line[name_at], line[split_at], line[category_at] if category_at is not None else "")
-        check_file_name(row.name, path, line, _NAME_BYTES - _ENDING_BYTES)
+        check_file_name(row.name, path, line, NAME_BYTES - _ENDING_BYTES)
         if row.category:
             check_file_name(row.category, path, line)
-        if row.split not in SPLITS:
-            raise ValueError(f"{path}: clip {row.name}: split '{row.split}' is none of {', '.join(SPLITS)}")
+        check_split(row.split, path, row.name)
         if (row.split, row.name) in rows:
             raise ValueError(f"{path}: clip {row.name} is listed twice in {row.split}")
         rows[row.split, row.name] = row
     return list(rows.values())
-
-
-def read_table(path: Path) -> list[list[str]]:
-    """Lines of a csv file, cells without the space around them; empty lines are left out.
-
-    Raises:
-        ValueError: If there is no line, or it is not csv in UTF-8.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [[cell.strip() for cell in line] for line in csv.reader(file, skipinitialspace=True)]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected comma-separated lines in UTF-8: {error}") from error
-    table = [line for line in lines if any(line)]
-    if not table:
-        raise ValueError(f"{path} is empty")
-    return table
-
-
-def check_file_name(name: str, path: Path, line: list[str], limit: int = _NAME_BYTES) -> None:
-    """Refuse a name that would lead out of the folder that it is looked for in, or that no file can have.
-
-    Raises:
-        ValueError: If it is empty, ".", "..", longer than `limit` bytes, or holds "/" or NUL; names `path` and `line`.
-    """
-    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > limit:
-        raise ValueError(
-            f"{path}: line {','.join(line)!r:.300}: expected a plain file name (not empty, '.' or '..', without '/' "
-            f"and NUL, at most {limit} bytes), got {name!r:.300}"
-        )
 
 
 def _columns_by_name(header: list[str]) -> tuple[int, int, int | None]:
@@ -151,14 +118,6 @@ def _columns_by_content(table: list[list[str]], path: Path) -> tuple[int, int, i
     others = [i for i in range(1, len(columns)) if i != split]
     texts = [i for i in others if not all(cell.replace(".", "", 1).isdigit() for cell in columns[i])]
     return 0, split, texts[0] if texts else None
-
-
-def _metadata_file(base: Path, layout: Layout) -> Path:
-    found = sorted(path for path in base.glob(layout.metadata) if path.is_file())
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise FileNotFoundError(f"{base}: expected exactly one {layout.metadata}, found {names}")
-    return found[0]
 
 
 def _job(layout: Layout, data: Path, row: Row, clip_s: int, decode_video: bool) -> ClipJob:

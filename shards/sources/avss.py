@@ -8,7 +8,7 @@ from pathlib import Path
 
 from avs_dist.shards.palette import MAX_CLASSES
 from avs_dist.shards.sources import SPLITS, ClipJob
-from avs_dist.shards.sources.avsbench import check_file_name, read_table
+from avs_dist.shards.sources.metadata import check_file_name, check_split, read_records
 
 FOLDER = "avs_released"
 METADATA = "metadata.csv"
@@ -75,19 +75,12 @@ def read_metadata(path: Path) -> list[Row]:
         ValueError: If a column or every clip is missing, a split or subset is unknown, a clip is listed twice in a
             split, or a uid cannot name a folder.
     """
-    header, *body = read_table(path)
-    absent = {"uid", "a_obj", "split", "label"} - set(header)
-    if absent:
-        raise ValueError(f"{path}: no column {', '.join(sorted(absent))} in its first line")
-    if not body:
-        raise ValueError(f"{path}: lists no clip")
+    columns = ("uid", "label", "split", "a_obj")
     rows: dict[tuple[str, str], Row] = {}
-    for line in body:
-        cells = dict(zip(header, line, strict=False))
-        uid, subset, split, category = (cells.get(column, "") for column in ("uid", "label", "split", "a_obj"))
-        check_file_name(uid, path, line)
-        if split not in SPLITS:
-            raise ValueError(f"{path}: clip {uid}: split '{split}' is none of {', '.join(SPLITS)}")
+    for cells in read_records(path, columns):
+        uid, subset, split, category = (cells[column] for column in columns)
+        check_file_name(uid, path, list(cells.values()))
+        check_split(split, path, uid)
         if subset not in SUBSETS:
             raise ValueError(f"{path}: clip {uid}: label '{subset}' is none of {', '.join(SUBSETS)}")
         if (split, uid) in rows:

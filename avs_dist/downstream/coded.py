@@ -1,0 +1,162 @@
+"""Codes of whole splits: the frozen encoder runs once, every head is then trained on what it said."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from avs_dist.config import Config
+from avs_dist.sequences import Sequences, collate_features
+from avs_dist.shards.index import ShardIndex
+from avs_dist.shards.pipeline import EvalStream
+from avs_dist.shards.plan import PADDING
+from avs_dist.shards.schema import FEATURES, FeatureSample
+from avs_dist.systems.base import System
+from avs_dist.systems.unicode import UnicodeSystem
+
+BATCH = 80  # clips encoded at a time; no effect on the codes
+
+
+@dataclass(frozen=True)
+class CodedSplit:
+    """N clips of T steps as codes, on the CPU; what a clip lacks is zero, not valid, not labelled.
+
+    codes:    float32 [N,T,D] by modality.
+    valid:    bool [N,T] by modality of `codes` and `features`.
+    labels:   uint8 [N,T,K] by modality, 1 where an event happens.
+    labelled: bool [N] by modality of `labels`, which clips have labels there.
+    features: as stored [N,T,...], of the modalities that were asked for.
+    names:    of the clips.
+    events:   names of the K events.
+    """
+
+    codes: dict[str, Tensor]
+    valid: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    labelled: dict[str, Tensor]
+    features: dict[str, Tensor]
+    names: tuple[str, ...]
+    events: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def rows(self, which_N: Tensor) -> CodedSplit:
+        """The clips that a bool [N] says."""
+        tables = (self.codes, self.valid, self.labels, self.labelled, self.features)
+        names = tuple(name for name, here in zip(self.names, which_N.tolist(), strict=True) if here)
+        return CodedSplit(*({m: x[which_N] for m, x in table.items()} for table in tables), names, self.events)
+
+    def happens(self) -> Tensor:
+        """Which events happen in each clip, whatever the modality, bool [N,K]."""
+        found_NK = torch.zeros(len(self), len(self.events), dtype=torch.bool)
+        for labels_NTK in self.labels.values():
+            found_NK |= labels_NTK.bool().any(1)
+        return found_NK
+
+
+def join(parts: Sequence[CodedSplit]) -> CodedSplit:
+    """Clips of several splits of one folder of shards, in order."""
+    tables = [
+        {m: torch.cat([getattr(part, name)[m] for part in parts]) for m in getattr(parts[0], name)}
+        for name in ("codes", "valid", "labels", "labelled", "features")
+    ]
+    return CodedSplit(*tables, tuple(name for part in parts for name in part.names), parts[0].events)
+
+
+def check_shards(system: System, config: Config, index: ShardIndex) -> None:
+    """Refuse what cannot be encoded.
+
+    Raises:
+        ValueError: a system without codes, or shards without features that it knows; names both.
+    """
+    if not isinstance(system, UnicodeSystem):
+        raise ValueError(f"--checkpoint: a system of kind {config.model.system} has no codebook; train model.system=unicode")
+    if config.model.unicode.inputs != "features" or index.kind != FEATURES:
+        raise ValueError(
+            f"{index.directory} holds {index.kind} and the checkpoint was trained on {config.model.unicode.inputs}: "
+            "these tasks need features on both sides"
+        )
+    there = index.feature_shapes
+    known = config.model.unicode.shapes
+    for modality, shape in known.items():
+        if tuple(there.get(modality, shape)) != tuple(shape):
+            raise ValueError(
+                f"{modality} features in {index.directory} are {list(there[modality])}, the checkpoint was trained on "
+                f"{list(shape)}"
+            )
+    if not set(known) & set(there):
+        raise ValueError(f"{index.directory} holds {', '.join(there)}, the checkpoint knows only {', '.join(known)}")
+
+
+def encode_split(
+    system: System,
+    config: Config,
+    index: ShardIndex,
+    split: str,
+    *,
+    keep: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> CodedSplit:
+    """Encode every clip of a split once, in evaluation mode and without gradient.
+
+    The public code of Uni-Code leaves dropout on while the heads train, so that a clip has other codes each time.
+
+    Args:
+        system: on `device`.
+        config: of its training; gives the number of decoding processes.
+        keep: modalities whose stored features are kept too, whether the system knows them or not.
+
+    Raises:
+        ValueError: see `check_shards`; or there is no such split, or no features of a modality to keep.
+    """
+    check_shards(system, config, index)
+    missing = [m for m in keep if m not in index.feature_shapes]
+    if missing:
+        raise ValueError(f"{index.directory} has no {', '.join(missing)} features, which the task needs")
+    wanted = {*config.model.unicode.modalities, *keep}
+    shapes = {m: shape for m, shape in index.feature_shapes.items() if m in wanted}
+    stream = EvalStream(
+        index,
+        split,
+        batch_size=BATCH,
+        rank=0,
+        world_size=1,
+        collate=partial(_collate, shapes=shapes, num_steps=index.clip_seconds, num_events=len(index.events)),
+    )
+    workers = config.data.workers
+    loader: DataLoader[Any] = DataLoader(
+        stream, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None
+    )
+    parts = []
+    for (batch, labelled), positions in tqdm(loader, desc=f"encode {split}", unit="batch", leave=False):
+        encoded = system.encode(batch.to(device))
+        part = CodedSplit(
+            {m: each.quantised_BTD.cpu() for m, each in encoded.items()},
+            batch.valid,
+            batch.labels,
+            labelled,
+            {m: batch.inputs[m] for m in keep},
+            batch.key,
+            index.events,
+        )
+        parts.append(part.rows(torch.as_tensor(positions) != PADDING))
+    return join(parts)
+
+
+def _collate(
+    samples: Sequence[FeatureSample], *, shapes: Mapping[str, tuple[int, ...]], num_steps: int, num_events: int
+) -> tuple[Sequences, dict[str, Tensor]]:
+    """A batch with labels for every modality of `shapes`, and which of its clips have labels there."""
+    batch = collate_features(samples, shapes=shapes, num_steps=num_steps, num_events=num_events)
+    empty = torch.zeros(len(samples), num_steps, num_events, dtype=torch.uint8)
+    batch.labels.update({m: empty for m in shapes if m not in batch.labels})
+    labelled = {m: torch.tensor([m in sample.labels for sample in samples]) for m in batch.labels}
+    return batch, labelled

@@ -1,0 +1,57 @@
+"""Predictors of Cross-CPC: from what a modality has shown so far to what others will show (Uni-Code, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+from torch import Tensor, nn
+
+
+class CrossPredictor(nn.Module):
+    """An LSTM for each modality sums up its first t seconds; linear maps predict the K seconds after these (eq. 6).
+
+    Each ordered pair of modalities has its own map W_k for each step, without bias.
+
+    Args:
+        modalities: their names.
+        dim: D of the semantic features and of the context.
+        steps: K.
+        layers: of each LSTM (paper: 1, public code: 2).
+        own: Modalities predict themselves, too (public code).
+    """
+
+    def __init__(self, modalities: Sequence[str], dim: int, steps: int, layers: int, own: bool) -> None:
+        super().__init__()
+        self.steps = steps
+        self.pairs = [(a, b) for a, b in product(modalities, repeat=2) if own or a != b]
+        self.contexts = nn.ModuleDict({m: nn.LSTM(dim, dim, layers, batch_first=True) for m in modalities})
+        self.predictors = nn.ModuleDict({_name(p): nn.Linear(dim, steps * dim, bias=False) for p in self.pairs})
+
+    def forward(self, z: Mapping[str, Tensor], t: int) -> dict[tuple[str, str], Tensor]:
+        """Predictions [K,B,D] of each (source, target); that of row k (from 0) is meant for z[target][:, t + k].
+
+        Args:
+            z: continuous semantic features of each modality [B,T,D].
+            t: seconds that are seen, from 1 to T - K.
+
+        Raises:
+            ValueError: t is out of its range.
+        """
+        context_BD = {}
+        for modality, lstm in self.contexts.items():
+            seconds = z[modality].shape[1]
+            if not 1 <= t <= seconds - self.steps:
+                raise ValueError(
+                    f"Cross-CPC cannot predict {self.steps} seconds (model.unicode.predict_steps) after the first {t} "
+                    f"of {seconds} of {modality}: the seconds seen must be from 1 to {seconds - self.steps}"
+                )
+            context_BD[modality] = lstm(z[modality][:, :t])[0][:, -1]
+        return {
+            pair: self.predictors[_name(pair)](context_BD[pair[0]]).unflatten(1, (self.steps, -1)).movedim(1, 0)
+            for pair in self.pairs
+        }
+
+
+def _name(pair: tuple[str, str]) -> str:
+    return "_to_".join(pair)

@@ -1,0 +1,44 @@
+"""The Task protocol: all that the trainer knows of the data and the measures of a run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from avs_dist import world
+from avs_dist.config import Config
+from avs_dist.engine import Engine, micro_batch_size
+from avs_dist.shards.index import ShardIndex
+
+
+class Task(ABC):
+    """Data and measures of one run.
+
+    best_by: the metric whose highest value makes a checkpoint the best.
+    """
+
+    best_by: str
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def check_data(self, index: ShardIndex) -> None:
+        """Refuse before the first step what would otherwise fail in the middle of the run.
+
+        Raises:
+            ValueError: naming the setting and what the shards hold.
+        """
+
+    @abstractmethod
+    def augment(self, batch: Any, step: int) -> Any:
+        """The batch as it is trained on."""
+
+    @abstractmethod
+    def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, float]]:
+        """Metrics on data.eval_split, and the state of the codes of a system that has them; collective."""
+
+    @property
+    def clips_together(self) -> int:
+        """Clips of all ranks that a micro-batch compares."""
+        return micro_batch_size(self.config) * world.world_size()
