@@ -120,11 +120,11 @@ def definitions(results: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
     return {key: text for key, text in texts.items() if any(key in row for row in results.values())}
 
 
-def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """Text table, one row for each kind of sound, with the meaning of each column below it."""
+def results_table(results: Mapping[str, Mapping[str, float]], heading: str = "sound") -> str:
+    """Text table, one row for each kind of sound or query, with the meaning of each column below it."""
     shown = [key for key in COLUMNS if any(key in row for row in results.values())]
-    name_width = max(len("sound"), *(len(name) for name in results))
-    lines = ["  ".join(["sound".ljust(name_width), *(COLUMNS[key].rjust(9) for key in shown)])]
+    name_width = max(len(heading), *(len(name) for name in results))
+    lines = ["  ".join([heading.ljust(name_width), *(COLUMNS[key].rjust(9) for key in shown)])]
     for name, row in results.items():
         cells = [f"{row[key]:.4f}".rjust(9) if key in row else "-".rjust(9) for key in shown]
         lines.append("  ".join([name.ljust(name_width), *cells]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from avs_dist.clip import collate
+from avs_dist.clip import Clip, collate
 from avs_dist.overlay import write_overlay
 from avs_dist.semantic import BACKGROUND
 from avs_dist.shards.audio import clip_log_mel, sound_flag
@@ -73,6 +73,7 @@ def predict_video(
     device: torch.device | str = "cpu",
     progress: bool = True,
     class_names: Sequence[str] | None = None,
+    text_WE: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Masks, overlay and summary of one video, in a folder of `out_dir` named like the file without its suffix.
 
@@ -82,6 +83,7 @@ def predict_video(
     Args:
         image_size: Side of the frames the system was trained on; the aspect is not kept, as in AVSBench.
         class_names: Names of the classes of a system that has several; without them the summary has their numbers.
+        text_WE: Vectors of the words of a prompt, for a system that is asked in text.
 
     Returns:
         Facts of the video, `sound` ("ok", "silent" or "none"), `audio_track` of the overlay ("copied", "re-encoded" or
@@ -111,7 +113,8 @@ def predict_video(
             total = _whole_seconds(facts)
             bar = tqdm(total=total, desc=f"predict {video.name}", unit="s", disable=not progress)
             for window in _windows(worker, video, facts, image_size, window_s):
-                painted = _paint(system, window, (facts.height, facts.width), device, class_names)
+                clip = collate([replace(window.sample, text_WE=text_WE)])
+                painted = _paint(system, clip, (facts.height, facts.width), device, class_names)
                 sounds.add(window.sample.meta["sound"])
                 for t in range(window.skip, len(painted.probability_THW)):
                     mel_FM = window.sample.mel_TFM[t]
@@ -177,12 +180,12 @@ def _windows(worker: MediaWorker, video: Path, facts: VideoFacts, image_size: in
 @torch.no_grad()
 def _paint(
     system: System,
-    window: Window,
+    clip: Clip,
     size_HW: tuple[int, int],
     device: torch.device | str,
     class_names: Sequence[str] | None,
 ) -> _Painted:
-    prediction = system.predict(collate([window.sample]).to(device))
+    prediction = system.predict(clip.to(device))
     probability_THW = _enlarged(prediction.logits_BTHW, size_HW).sigmoid().cpu()
     std_THW, classes_THW, names = None, None, class_names or ()
     if prediction.variance_BTHW is not None:

@@ -12,6 +12,7 @@ programs are written as partials and added in a fixed order, never with atomics,
 from __future__ import annotations
 
 import contextlib
+import contextlib
 import functools
 import logging
 import os
@@ -112,8 +113,10 @@ def backend() -> str:
     return _backend
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Context in which autocast does not reach the small products beside the kernels: they stay in float32."""
+    if not torch.amp.is_autocast_available(tensor.device.type):
+        return contextlib.nullcontext()  # such as the meta device
     return torch.autocast(tensor.device.type, enabled=False)
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "shards": "build, verify or describe tar shards",
     "train": "train a system",
     "evaluate": "measure a checkpoint, with real, muted or swapped sound",
+    "downstream": "measure what codes carry over between modalities: classify, localise, retrieve",
     "predict": "paint what sounds on any video file",
     "report": "draw latent codes, or the score over denoising steps",
     "ablations": "the ablation tables of the papers at toy scale",

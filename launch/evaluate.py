@@ -9,6 +9,11 @@ split. A model that listens falls with swapped sound; one that only looks stays 
 Of a system that samples latent codes, the table also says how much the masks of --samples draws differ (std), and
 whether they differ most where the mask is wrong (AUROC).
 
+--query: what asks a system that segments what a query means: the sound of the clip, or the words of its prompt (shards
+built with --prompts). Uni-Code's A2T is a system trained with audio, asked in text; T2A the other way round.
+
+    avs-dist evaluate --checkpoint runs/query --query both
+
 Of a system of several classes (AVSS) the table has the mIoU over classes: as published, without the background, over
 the classes that occur, and over the whole set instead of frame by frame; the definitions stand below it. --json then
 also has the scores of each class.
@@ -29,9 +34,10 @@ if TYPE_CHECKING:  # heavy, see main
     import torch
 
     from avs_dist.config import Config
-    from avs_dist.systems.base import System
+    from avs_dist.loader import AudioSource
+    from avs_dist.systems.base import Query, System
 
-AUDIO_SOURCES: tuple[Literal["real", "muted", "swapped"], ...] = ("real", "muted", "swapped")
+AUDIO_SOURCES: tuple[AudioSource, ...] = ("real", "muted", "swapped")
 
 
 def build_parser() -> Parser:
@@ -46,6 +52,12 @@ def build_parser() -> Parser:
         type=Literal["real", "muted", "swapped", "all"],
         default="real",
         help="sound that the model gets to hear",
+    )
+    parser.add_argument(
+        "--query",
+        type=Literal["audio", "text", "both"] | None,
+        default=None,
+        help="what asks a system of queries (default: what asked in its training)",
     )
     parser.add_argument("--batch", type=int, default=4, help="clips at a time on each rank; does not change the result")
     parser.add_argument(
@@ -95,6 +107,7 @@ def _evaluate(args: Any) -> None:
     from avs_dist.evaluate import definitions, measure, results_table
     from avs_dist.loader import eval_loader
     from avs_dist.shards.files import write_text
+    from avs_dist.systems.query import set_query
     from avs_dist.uncertainty import set_num_samples
 
     device = world.start()
@@ -102,12 +115,15 @@ def _evaluate(args: Any) -> None:
     if args.samples is not None:
         set_num_samples(system, args.samples)
     results, classes = {}, {}
-    for audio in AUDIO_SOURCES if args.audio == "all" else (args.audio,):
+    queries: tuple[Query | None, ...] = ("audio", "text") if args.query == "both" else (args.query or system.query,)
+    for name, (query, audio) in _rows(queries, args.audio).items():
+        if query is not None:
+            set_query(system, query)
         batches = eval_loader(config, args.split, args.batch, world.rank(), world.world_size(), audio=audio)
-        measured = measure(lambda clip: system.predict(clip.to(device)), batches, label=audio)
-        results[audio] = measured.metrics
+        measured = measure(lambda clip: system.predict(clip.to(device)), batches, label=name)
+        results[name] = measured.metrics
         if measured.classes is not None:
-            classes[audio] = measured.classes.rows(class_names(args.checkpoint))
+            classes[name] = measured.classes.rows(class_names(args.checkpoint))
     if not world.is_main():
         return
     facts = {
@@ -115,14 +131,27 @@ def _evaluate(args: Any) -> None:
         "shards": str(Path(config.data.shards)),
         "split": args.split,
     }
+    if system.query is not None:
+        facts["trained_with"] = f"{config.model.query.modality} query"
     print("  ".join(f"{name} {value}" for name, value in facts.items()), end="\n\n")
-    print(results_table(results))
+    print(results_table(results, "sound" if system.query is None else "query"))
     if args.json is not None:
         written = {**facts, "results": results, "definitions": definitions(results)}
         if classes:
             written["classes"] = classes
         write_text(args.json, json.dumps(written, indent=1) + "\n")
         print(f"\nwritten to {args.json}")
+
+
+def _rows(queries: tuple[Query | None, ...], audio: str) -> dict[str, tuple[Query | None, AudioSource]]:
+    """What asks, if anything does, and what sounds, by the name of the row; words do not change with the sound."""
+    sources = AUDIO_SOURCES if audio == "all" else tuple(source for source in AUDIO_SOURCES if source == audio)
+    rows: dict[str, tuple[Query | None, AudioSource]] = {}
+    for query in queries:
+        for source in AUDIO_SOURCES[:1] if query == "text" else sources:
+            asked = f"{query} query" + ("" if source == "real" else f", {source}")
+            rows[source if query is None else asked] = (query, source)
+    return rows
 
 
 if __name__ == "__main__":

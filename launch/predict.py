@@ -8,6 +8,8 @@ video with the masks and its own sound) and summary.json. Long videos go through
 A system that samples latent codes paints a mask for each of --samples draws and gives their mean. How much they differ
 is in painted/NAME/uncertainty/0001.png ...: grey, the standard deviation of the probability, 0 (black) to 0.5 (white).
 
+A system of queries paints what the sound means, or with --prompt "the sound of a dog" what the words mean.
+
 A system of several classes (AVSS) also says what sounds: painted/NAME/classes/0001.png ... hold class indices in the
 PASCAL VOC palette, overlay.mp4 has each class in its colour, and summary.json how much of the picture each class takes.
 """
@@ -16,10 +18,15 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
+
+if TYPE_CHECKING:  # heavy, see main
+    import numpy as np
+
+    from avs_dist.systems.base import System
 
 
 def build_parser() -> Parser:
@@ -41,6 +48,18 @@ def build_parser() -> Parser:
         default=None,
         help="draws that a mask averages, 1: no uncertainty (default: that of the training config)",
     )
+    parser.add_argument(
+        "--prompt",
+        type=str | None,
+        default=None,
+        help='ask a system of queries in words, as in "the sound of a dog" (default: the sound of the video asks)',
+    )
+    parser.add_argument(
+        "--word-vectors",
+        type=Path | None,
+        default=None,
+        help="with --prompt: the file its shards were built with (default: vectors made from the words)",
+    )
     return parser
 
 
@@ -59,8 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     system, _ = load_system(args.checkpoint, device)
     if args.samples is not None:
         set_num_samples(system, args.samples)
+    options: dict[str, Any] = {"text_WE": _ask(system, args.prompt, args.word_vectors)}
     size, names = image_size(args.checkpoint), class_names(args.checkpoint)
-    options: dict[str, Any] = {"image_size": size, "window_s": args.window, "device": device, "class_names": names}
+    options |= {"image_size": size, "window_s": args.window, "device": device, "class_names": names}
     for video in args.videos:
         done = predict_video(system, video, args.out, **options)
         area = sum(second["sounding_area"] for second in done["seconds"]) / len(done["seconds"])
@@ -75,6 +95,26 @@ def main(argv: list[str] | None = None) -> int:
         if "classes" in done:
             print(f"{video}: {_largest(done['seconds'])}; {done['classes']}", flush=True)
     return 0
+
+
+def _ask(system: System, prompt: str | None, word_vectors: Path | None) -> np.ndarray | None:
+    """Have the words of a prompt ask, whose vectors are returned, or the sound, whatever asked in training.
+
+    Raises:
+        FileNotFoundError, ValueError: word vectors that are missing, or not for a prompt; a prompt without known words;
+            a system that answers no queries.
+    """
+    from avs_dist.shards.text import WordVectors
+    from avs_dist.systems.query import set_query
+
+    if prompt is not None:
+        set_query(system, "text")
+        return WordVectors.load(word_vectors).of(prompt)
+    if word_vectors is not None:
+        raise ValueError(f"--word-vectors {word_vectors}: is for --prompt")
+    if system.query is not None:
+        set_query(system, "audio")
+    return None
 
 
 def _largest(seconds: list[dict[str, Any]], shown: int = 5) -> str:

@@ -76,7 +76,7 @@ def _cast(array: np.ndarray, name: str, dtype: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError(f"{name} features hold infinite values or NaN")
     highest = float(np.abs(array).max())
-    if highest > np.finfo(dtype).max:
+    if highest > float(np.finfo(dtype).max):
         raise ValueError(f"{name} features reach {highest:g}, more than {dtype} holds: build with --features float32")
     return array.astype(dtype)
 

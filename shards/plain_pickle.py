@@ -228,7 +228,7 @@ def _called(function: Any, arguments: Any) -> Any:
 
 def _with_state(target: Any, state: Any) -> _DType | _Array:
     """An array or a type, completed as its `__setstate__` would."""
-    if isinstance(target, _DType) and isinstance(state, tuple) and _are(state[:2], int, str) and len(state) == 8:
+    if isinstance(target, _DType) and isinstance(state, tuple) and _are(state[:2], int, str):
         if any(value is not None for value in state[2:5]):
             raise ValueError("met values of a structured type")
         return _DType(target.text, state[1])
@@ -245,9 +245,11 @@ def _finished(array: Any) -> np.ndarray:
     shape = array.shape
     if len(shape) > _MAX_NDIM or not all(type(side) is int and 0 <= side <= MAX_MEMBER_BYTES for side in shape):
         raise ValueError("its shape is none of an array within the limits")
+    if array.order not in ("C", "F"):
+        raise ValueError("its values are in an unknown order")
     data = array.data.encode("latin-1") if isinstance(array.data, str) else array.data
     dtype = np.dtype(array.dtype.order + array.dtype.text)
-    if math.prod(shape) * dtype.itemsize != len(data) or array.order not in ("C", "F"):
+    if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"it claims {dtype} {shape}, but has {len(data)} bytes")
     values = np.frombuffer(data, dtype)
     return values.reshape(shape, order="F" if array.order == "F" else "C").astype(dtype.newbyteorder("="), order="C")

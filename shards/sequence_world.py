@@ -37,7 +37,7 @@ class World:
     seconds: int = 10
     side: int = 3
     shortest_s: int = 4
-    nuisance: float = 0.8
+    nuisance: float = 0.7
     noise: float = 0.4
 
 

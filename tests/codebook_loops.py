@@ -1,4 +1,4 @@
-"""One training step of the shared codebook as loops over tokens and codes, in float64: the truth of its tests."""
+"""A small shared codebook, and its training step as loops over tokens and codes in float64: the truth of its tests."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from avs_dist.kernels import reference
 from avs_dist.kernels.reference import CodebookState, Observed
+from avs_dist.modules.codebook import MultiModalCodebook
 from avs_dist.modules.codebook_average import reset_order
 
+NAMES = ("audio", "visual", "text")
+B, T, L, D = 3, 4, 13, 6
 EPS, NOISE = 1e-5, 1 / 1024
 
 
@@ -101,3 +104,37 @@ def moved(state: CodebookState, observed: list[Observed], updates: int, settings
         state = reference.codebook_update(alone, [one], settings.decay, EPS, None, None, "all", NOISE)
     # decay 1: nothing but the idle counters and the reset
     return reference.codebook_update(state._replace(idle_ML=counts), observed, 1.0, EPS, *reset)
+
+
+def make(modalities: int = 2, **settings: object) -> MultiModalCodebook:
+    """Codes spread out, so that tokens choose different ones."""
+    module = MultiModalCodebook(L, D, modalities=NAMES[:modalities], **settings)
+    generator = torch.Generator().manual_seed(5)
+    module.codes.normal_(generator=generator)
+    module.count.uniform_(0.5, 2.0, generator=generator)
+    module.sum.copy_(module.codes * module.count[:, None])
+    return module
+
+
+def tokens(modalities: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: torch.randn(B, T, D).to(dtype).requires_grad_() for name in NAMES[:modalities]}
+
+
+def masks(modalities: int) -> dict[str, Tensor]:
+    """Ragged; clip 1 has no text, and clip 2 nothing but sound."""
+    valid = {name: torch.rand(B, T) < 0.7 for name in NAMES[:modalities]}
+    valid["audio"][2] = True
+    for name in NAMES[1:modalities]:
+        valid[name][2] = False
+    if modalities == 3:
+        valid["text"][1] = False
+    return valid
+
+
+def copy_of(module: MultiModalCodebook) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(a: MultiModalCodebook, b: MultiModalCodebook) -> None:
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name

@@ -91,3 +91,15 @@ def ms3_shards(ms3_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     source = ["build", "--source", "avsbench-ms3", "--root", str(ms3_clips), "--out", str(out), "--size", "64"]
     assert shards.main(source) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def cmg_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of features of 80 synthetic cross-modal sequences."""
+    from avs_dist.launch import shards, synth
+
+    clips, out = tmp_path_factory.mktemp("cmg"), tmp_path_factory.mktemp("cmg_shards")
+    assert synth.main(["--out", str(clips), "--setting", "cmg", "--clips", "80", "--seed", "3"]) == 0
+    source = ["build", "--source", "vggsound-avel", "--root", str(clips / "VGGSound-AVEL"), "--out", str(out)]
+    assert shards.main(source) == 0
+    return out

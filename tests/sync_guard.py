@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # operators whose result is a number on the host, or has a size that depends on values
 WAITING = {
-    *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere"),
-    *("masked_select", "bincount", "unique", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
-    *("unique_dim_consecutive", "repeat_interleave", "linalg_solve", "linalg_inv", "linalg_cholesky"),
+    *("_local_scalar_dense", "equal", "nonzero", "masked_select", "bincount", "repeat_interleave"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "_linalg_check_errors"),
 }
 INDEXING = {"index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put", "_index_put_impl_"}
 METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__, Tensor.new_tensor}
@@ -39,10 +38,12 @@ class _Operators(TorchDispatchMode):
         if name in INDEXING and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
             raise AssertionError(f"{func} with a mask makes the host wait for the device")
         own = OPDEFS.get(f"{func.namespace}::{name}") if func.namespace == "avs_dist" else None
-        if own is None:
-            return func(*args, **kwargs)
         with self:  # a mode is off while it handles an op; this one looks inside
-            return own._init_fn(*args, **kwargs)
+            if own is not None:
+                return own._init_fn(*args, **kwargs)
+            if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return parts
+        return func(*args, **kwargs)
 
 
 class _Methods(TorchFunctionMode):

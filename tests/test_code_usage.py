@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -127,27 +128,31 @@ def test_codes_that_do_not_fit() -> None:
         usage.update({"audio": torch.zeros(1, 2).long(), "visual": torch.zeros(2, 1).long()})
 
 
-def pixels(picture_HWC: np.ndarray, colour: str) -> np.ndarray:
-    """Columns that hold this colour."""
+def painted(picture_HWC: np.ndarray, colour: str) -> np.ndarray:
+    """Bool [H,W]: pixels of this colour."""
     wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    return np.flatnonzero((np.abs(picture_HWC[..., :3] - wanted) < 0.01).all(-1).any(0))
+    return (np.abs(picture_HWC[..., :3] - wanted) < 0.01).all(-1)
 
 
 def test_the_figure_goes_from_one_modality_to_the_other(tmp_path) -> None:
-    """Lower half: 40 codes of sound alone on the left, 60 of the picture on the right; above, in the middle, both."""
-    counts = [[900] + [9] * 39 + [0] * 60 + [50] * 50, [0] * 40 + [9] * 60 + [50] * 50]
+    """40 codes of sound alone, 50 of both with 25 to 74 % of sound, in any order, and 60 of the picture."""
+    audio = [25 + 7 * place % 50 for place in range(50)]
+    counts = [[900] + [9] * 39 + [0] * 60 + audio, [0] * 40 + [9] * 60 + [100 - count for count in audio]]
     draw(use(counts), tmp_path / "codes.png")
-    picture = imread(tmp_path / "codes.png")
-    height = len(picture)
-    both = pixels(picture[height // 5 : height // 2], BOTH)
-    row_HWC = picture[int(0.86 * height)][None]
-    audio, visual = pixels(row_HWC, AUDIO), pixels(row_HWC, VISUAL)
-    # of 150 columns 0-39 are of sound, 40-89 of both (below half of their height: of sound), the others of the picture
-    assert np.ptp(audio) == pytest.approx(1.5 * np.ptp(visual), rel=0.03)
-    assert audio.max() < visual.min()
-    column = np.ptp(audio) / 90
-    assert both.min() == pytest.approx(audio.min() + 40 * column, abs=15)
-    assert both.max() == pytest.approx(audio.max(), abs=15)
+    picture_HWC = imread(tmp_path / "codes.png")
+    height = len(picture_HWC)
+    bars_HWC = picture_HWC[6 * height // 10 + 40 :]
+    sound_W, sight_W = (painted(bars_HWC, colour).sum(0) for colour in (AUDIO, VISUAL))
+    columns = np.flatnonzero(sound_W + sight_W > 100)
+    middles = np.linspace(columns.min(), columns.max(), 301)[1::2].astype(int)
+    level = sound_W[middles] / sound_W.max(), sight_W[middles] / sight_W.max()
+    expected = np.array([1.0] * 40 + [count / 100 for count in range(74, 24, -1)] + [0.0] * 60)
+    np.testing.assert_allclose(level, [expected, 1 - expected], atol=0.05)  # the dotted lines hide some pixels
+    borders = [columns.min() + share * np.ptp(columns) for share in (0, 40 / 150, 90 / 150, 1)]
+    full = [np.flatnonzero(height_W > 0.97 * height_W.max()) for height_W in (sound_W, sight_W)]
+    both = np.flatnonzero(painted(picture_HWC[height // 5 : height // 2], BOTH).any(0))
+    for found, (left, right) in zip((full[0], both, full[1]), itertools.pairwise(borders), strict=True):
+        assert (found.min(), found.max()) == pytest.approx((left, right), abs=15)
 
 
 def test_the_figure_of_three_modalities_is_drawn(tmp_path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,16 +22,18 @@ from avs_dist.systems.base import System
 from avs_dist.systems.unicode import UnicodeSystem
 
 BATCH = 80  # clips encoded at a time; no effect on the codes
+FEW_BATCHES = 20  # up to which decoding processes take longer to start than the clips to decode
+TABLES = ("codes", "valid", "labels", "labelled", "features")  # of a CodedSplit, by modality
 
 
 @dataclass(frozen=True)
 class CodedSplit:
     """N clips of T steps as codes, on the CPU; what a clip lacks is zero, not valid, not labelled.
 
-    codes:    float32 [N,T,D] by modality.
-    valid:    bool [N,T] by modality of `codes` and `features`.
+    codes:    float32 [N,T,D] by modality that the system knows.
+    valid:    bool [N,T] by modality, also those of `features`.
     labels:   uint8 [N,T,K] by modality, 1 where an event happens.
-    labelled: bool [N] by modality of `labels`, which clips have labels there.
+    labelled: bool [N] by modality, which clips have labels there.
     features: as stored [N,T,...], of the modalities that were asked for.
     names:    of the clips.
     events:   names of the K events.
@@ -50,9 +52,9 @@ class CodedSplit:
 
     def rows(self, which_N: Tensor) -> CodedSplit:
         """The clips that a bool [N] says."""
-        tables = (self.codes, self.valid, self.labels, self.labelled, self.features)
         names = tuple(name for name, here in zip(self.names, which_N.tolist(), strict=True) if here)
-        return CodedSplit(*({m: x[which_N] for m, x in table.items()} for table in tables), names, self.events)
+        tables: dict[str, Any] = {name: {m: x[which_N] for m, x in getattr(self, name).items()} for name in TABLES}
+        return replace(self, names=names, **tables)
 
     def happens(self) -> Tensor:
         """Which events happen in each clip, whatever the modality, bool [N,K]."""
@@ -64,21 +66,21 @@ class CodedSplit:
 
 def join(parts: Sequence[CodedSplit]) -> CodedSplit:
     """Clips of several splits of one folder of shards, in order."""
-    tables = [
-        {m: torch.cat([getattr(part, name)[m] for part in parts]) for m in getattr(parts[0], name)}
-        for name in ("codes", "valid", "labels", "labelled", "features")
-    ]
-    return CodedSplit(*tables, tuple(name for part in parts for name in part.names), parts[0].events)
+    tables: dict[str, Any] = {
+        name: {m: torch.cat([getattr(part, name)[m] for part in parts]) for m in getattr(parts[0], name)}
+        for name in TABLES
+    }
+    return replace(parts[0], names=tuple(name for part in parts for name in part.names), **tables)
 
 
-def check_shards(system: System, config: Config, index: ShardIndex) -> None:
-    """Refuse what cannot be encoded.
+def codebook_system(system: System, config: Config, index: ShardIndex) -> UnicodeSystem:
+    """The system, if it can encode what the shards hold.
 
     Raises:
         ValueError: a system without codes, or shards without features that it knows; names both.
     """
     if not isinstance(system, UnicodeSystem):
-        raise ValueError(f"--checkpoint: a system of kind {config.model.system} has no codebook; train model.system=unicode")
+        raise ValueError(f"--checkpoint: {config.model.system} has no codebook; train model.system=unicode")
     if config.model.unicode.inputs != "features" or index.kind != FEATURES:
         raise ValueError(
             f"{index.directory} holds {index.kind} and the checkpoint was trained on {config.model.unicode.inputs}: "
@@ -94,6 +96,7 @@ def check_shards(system: System, config: Config, index: ShardIndex) -> None:
             )
     if not set(known) & set(there):
         raise ValueError(f"{index.directory} holds {', '.join(there)}, the checkpoint knows only {', '.join(known)}")
+    return system
 
 
 def encode_split(
@@ -111,13 +114,13 @@ def encode_split(
 
     Args:
         system: on `device`.
-        config: of its training; gives the number of decoding processes.
+        config: of its training; gives the number of decoding processes of a long split.
         keep: modalities whose stored features are kept too, whether the system knows them or not.
 
     Raises:
-        ValueError: see `check_shards`; or there is no such split, or no features of a modality to keep.
+        ValueError: see `codebook_system`; or there is no such split, or no features of a modality to keep.
     """
-    check_shards(system, config, index)
+    encoder = codebook_system(system, config, index)
     missing = [m for m in keep if m not in index.feature_shapes]
     if missing:
         raise ValueError(f"{index.directory} has no {', '.join(missing)} features, which the task needs")
@@ -131,13 +134,13 @@ def encode_split(
         world_size=1,
         collate=partial(_collate, shapes=shapes, num_steps=index.clip_seconds, num_events=len(index.events)),
     )
-    workers = config.data.workers
+    workers = config.data.workers if len(stream) > FEW_BATCHES else 0
     loader: DataLoader[Any] = DataLoader(
         stream, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None
     )
     parts = []
     for (batch, labelled), positions in tqdm(loader, desc=f"encode {split}", unit="batch", leave=False):
-        encoded = system.encode(batch.to(device))
+        encoded = encoder.encode(batch.to(device))
         part = CodedSplit(
             {m: each.quantised_BTD.cpu() for m, each in encoded.items()},
             batch.valid,
@@ -157,6 +160,5 @@ def _collate(
     """A batch with labels for every modality of `shapes`, and which of its clips have labels there."""
     batch = collate_features(samples, shapes=shapes, num_steps=num_steps, num_events=num_events)
     empty = torch.zeros(len(samples), num_steps, num_events, dtype=torch.uint8)
-    batch.labels.update({m: empty for m in shapes if m not in batch.labels})
-    labelled = {m: torch.tensor([m in sample.labels for sample in samples]) for m in batch.labels}
-    return batch, labelled
+    labelled = {m: torch.tensor([m in sample.labels for sample in samples]) for m in shapes}
+    return replace(batch, labels={m: batch.labels.get(m, empty) for m in shapes}), labelled

@@ -36,9 +36,9 @@ class HeadTraining:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least {least}")
+                raise ValueError(f"{name} is {getattr(self, name)}: must be at least {least}")
         if not self.lr > 0:
-            raise ValueError(f"--lr {self.lr}: must be positive")
+            raise ValueError(f"lr is {self.lr}: must be positive")
 
 
 def rows(examples: Examples, which: Tensor | slice) -> Examples:

@@ -117,8 +117,7 @@ class ConditionalGaussian(Float32Buffers):
                 [self.exp_avg_sq],
                 [],
                 [self.step],
-                foreach=False,
-                capturable=self.weights.is_cuda,  # else the host would wait for the number of the step
+                fused=True,  # the only form in which the host never reads the number of the step
                 amsgrad=False,
                 beta1=0.9,
                 beta2=0.999,
@@ -127,6 +126,8 @@ class ConditionalGaussian(Float32Buffers):
                 eps=1e-8,
                 maximize=True,
             )
+        # the fused form forgets it, and autograd would not see that an earlier forward has lost its weights
+        torch.autograd.graph.increment_version(self.weights)
 
 
 def _initial(out_features: int, in_features: int) -> Tensor:

@@ -47,10 +47,11 @@ class CrossPredictor(nn.Module):
                     f"of {seconds} of {modality}: the seconds seen must be from 1 to {seconds - self.steps}"
                 )
             context_BD[modality] = lstm(z[modality][:, :t])[0][:, -1]
-        return {
-            pair: self.predictors[_name(pair)](context_BD[pair[0]]).unflatten(1, (self.steps, -1)).movedim(1, 0)
+        # a list: DeepSpeed's hooks of ZeRO-3 look into dicts, and want strings for keys
+        return [
+            self.predictors[_name(pair)](context_BD[pair[0]]).unflatten(1, (self.steps, -1)).movedim(1, 0)
             for pair in self.pairs
-        }
+        ]
 
 
 def _name(pair: tuple[str, str]) -> str:

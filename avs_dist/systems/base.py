@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from avs_dist.clip import Clip
 from avs_dist.gaussian import Gaussian, Mixture
 
+Query = Literal["audio", "text"]
+
 OBSERVED = "observed/"  # prefix of what is logged and is no loss
 
 
@@ -64,6 +66,7 @@ class System(nn.Module, ABC):
     """A complete trainable system, assembled from modules in its constructor from a typed config."""
 
     num_samples: int | None = None  # masks that a prediction averages, of a system that draws several
+    query: Query | None = None  # what asks in a prediction, of a system that answers queries
 
     def __init__(self) -> None:
         super().__init__()

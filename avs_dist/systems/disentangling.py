@@ -74,7 +74,7 @@ def cpc_loss(
     seen = int(np.random.default_rng([config.seed, step]).integers(1, first.shape[1] - steps + 1))
     ahead = {m: _ahead(semantic[m], valid[m], seen, steps) for m in semantic}
     total = first.new_zeros((), dtype=torch.float32)
-    for (source, target), prediction_KBD in predictor(semantic, seen).items():
+    for (source, target), prediction_KBD in zip(predictor.pairs, predictor(semantic, seen), strict=True):
         weight = config.loss.unicode.cpc_self if source == target else 1.0
         for k, (candidates_ND, there_N, own_B) in enumerate(ahead[target]):
             counted_B = valid[source][:, seen - 1] & there_N[own_B]
