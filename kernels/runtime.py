@@ -12,7 +12,6 @@ programs are written as partials and added in a fixed order, never with atomics,
 from __future__ import annotations
 
 import contextlib
-import contextlib
 import functools
 import logging
 import os

@@ -28,8 +28,8 @@ class CrossPredictor(nn.Module):
         self.contexts = nn.ModuleDict({m: nn.LSTM(dim, dim, layers, batch_first=True) for m in modalities})
         self.predictors = nn.ModuleDict({_name(p): nn.Linear(dim, steps * dim, bias=False) for p in self.pairs})
 
-    def forward(self, z: Mapping[str, Tensor], t: int) -> dict[tuple[str, str], Tensor]:
-        """Predictions [K,B,D] of each (source, target); that of row k (from 0) is meant for z[target][:, t + k].
+    def forward(self, z: Mapping[str, Tensor], t: int) -> list[Tensor]:
+        """Predictions [K,B,D] of each (source, target) of `pairs`; that of row k (from 0) is meant for z[target][:, t + k].
 
         Args:
             z: continuous semantic features of each modality [B,T,D].
