@@ -17,6 +17,8 @@ from avs_dist.shards.schema import FeatureSample, Sample
 class Sequences:
     """A batch of B clips as sequences of T steps, seconds of sound and picture or words; all zero behind their end.
 
+    Features come in the precision they are stored in; `to` makes them what a system computes with.
+
     inputs: float by modality: "visual" [B,T,h,w,C] features or [B,T,3,H,W] frames, "audio" [B,T,C] features or
             [B,T,96,64] log-mel, "text" [B,T,C].
     valid:  bool [B,T] by modality, which steps exist; the existing ones come first.

@@ -2,10 +2,11 @@
 
     avs-dist ablations                                     Tables 2-6 of ECMVAE; about 15 minutes on 2 free CPU cores
     avs-dist ablations --paper diffusion                   Tables III-VIII of contrastive latent diffusion
+    avs-dist ablations --paper unicode --tables 1 2 fig3   Tables 1-3 and Fig. 3 of Uni-Code
     avs-dist ablations --tables 5 --steps 1000 --out runs/table5
 
-Every row is the base configs plus one small file of configs/ecmvae or configs/diffusion; rows that stand in several
-tables are run once. The tables and their commands are written to ablations.md and ablations.json in --out, again after
+Every row is the base configs plus small files of configs/ecmvae, configs/diffusion or configs/unicode; rows that stand
+in several tables are run once. The tables and their commands are written to ablations.md and ablations.json in --out, again after
 every row. A run that was stopped goes on where it was when the same command is given again.
 """
 
@@ -18,11 +19,12 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from avs_dist.launch.ablation_tables import FROM_S4, FULL, PAPERS, S4, Paper
+from avs_dist.launch.ablation_tables import PAPERS
+from avs_dist.launch.ablation_tables.experiment import Column, Experiment, Plan
+from avs_dist.launch.ablation_tables.paper import FROM_S4, S4, Paper
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
 from avs_dist.launch.stages import shown, stage
@@ -31,103 +33,101 @@ from avs_dist.shards.files import write_text
 from avs_dist.shards.schema import INDEX_FILE
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-HEAD = ("row", "toy mIoU", "toy F", "steps/s", "paper's MS3 mIoU", "command")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that the scores depend on; clips (80% train, 10% val, 10% test), side of the frames in pixels."""
-
-    paper: Literal["ecmvae", "diffusion"]
-    config: tuple[str, ...]
-    clips: int
-    size: int
-    steps: int
-    seed: int
+Key = int | str  # of a table or figure
+SPEED = Column("steps_per_s", "steps/s", ".2f")
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="avs-dist ablations", description=__doc__)
-    parser.add_argument("--paper", type=Literal["ecmvae", "diffusion"], default="ecmvae", help="whose tables")
+    parser.add_argument("--paper", type=Literal["ecmvae", "diffusion", "unicode"], default="ecmvae", help="whose tables")
     parser.add_argument(
         "--tables",
-        type=int,
+        type=int | Literal["fig3"],
         nargs="+",
         default=None,
-        help="of the paper: 2 to 6 of ECMVAE, 3 to 8 (Table III to VIII) of diffusion (default: all)",
+        help="of the paper: 2 to 6 of ECMVAE, 3 to 8 (Table III to VIII) of diffusion, 1 to 3 and fig3 of unicode "
+        "(default: all)",
     )
     parser.add_argument(
         "--config",
         action="append",
         type=str,
         help="base of every row; may be given several times (default: configs/demo_ecmvae.yaml; of diffusion: "
-        "configs/demo_diffusion.yaml and configs/diffusion/toy.yaml)",
+        "configs/demo_diffusion.yaml and configs/diffusion/toy.yaml; of unicode: configs/demo_unicode.yaml)",
     )
     parser.add_argument(
         "--out",
         type=str | None,
         default=None,
-        help="everything is written here (default: runs/ablations; of diffusion: runs/ablations_diffusion)",
+        help="everything is written here (default: runs/ablations; of diffusion and unicode: runs/ablations_PAPER)",
     )
-    parser.add_argument("--clips", type=int | None, default=None, help="clips of each setting (default: 160)")
-    parser.add_argument("--size", type=int | None, default=None, help="side of the frames in pixels (default: 64)")
-    parser.add_argument("--steps", type=int | None, default=None, help="steps of each training (default: 150)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the clips and of the trainings")
-    parser.add_argument("--quick", action="store_true", help="24 clips and 6 steps: shows that all rows run")
+    add = parser.add_argument
+    add("--clips", type=int | None, default=None, help="clips of each setting (default: 160; of unicode: 2000)")
+    add("--size", type=int | None, default=None, help="side of the frames in pixels (default: 64; of unicode: none)")
+    add("--steps", type=int | None, default=None, help="steps of each training (default: 150; of unicode: 600)")
+    add("--seed", type=int, default=1, help="seed of the clips and of the trainings")
+    add("--quick", action="store_true", help="24 clips and 6 steps: shows that all rows run")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     started, paper = time.monotonic(), PAPERS[args.paper]
-    clips, steps = (24, 6) if args.quick else (160, 150)
-    plan = Plan(
-        paper=args.paper,
-        config=tuple(args.config or map(_typed, (CONFIGS / name for name in paper.base))),
-        clips=clips if args.clips is None else args.clips,
-        size=64 if args.size is None else args.size,
-        steps=steps if args.steps is None else args.steps,
-        seed=args.seed,
-    )
-    if plan.steps < 1:
-        raise ValueError(f"--steps {plan.steps}: must be at least 1")
-    out, numbers = Path(args.out or paper.out), sorted(set(args.tables or paper.tables))
-    _check_tables(paper, numbers)
+    plan = _plan(args, paper)
+    out, keys = Path(args.out or paper.out), _keys(paper, args.tables or ())
     warmup = _warmup_steps(plan)
     _claim(out, plan)
-    todo = [variant for variant in _variants(paper, numbers) if not _result_file(out, variant).is_file()]
-    _write(out, plan, numbers, warmup)
+    todo = [variant for variant in _variants(paper, keys) if not _result_file(out, variant).is_file()]
+    _write(out, plan, keys, warmup)
     for done, variant in enumerate(todo, start=1):
         print(f"\n[{done}/{len(todo)}] {variant}, {time.monotonic() - started:.0f} s so far", flush=True)
-        shards = _shards(out, _setting(variant), plan)
+        shards = _shards(out, _setting(paper, variant), plan)
         stage(*_train_command(out, plan, variant, warmup))
-        stage("evaluate", "--checkpoint", out / variant, "--shards", shards, "--split", "test",
-              "--json", _result_file(out, variant))  # fmt: skip
-        _write(out, plan, numbers, warmup)
+        stage(*paper.experiment.measure(out / variant, shards, _result_file(out, variant)))
+        _write(out, plan, keys, warmup)
     print(f"\n{(out / 'ablations.md').read_text()}")
     print(f"took {time.monotonic() - started:.0f} s; written to {out / 'ablations.md'} and {out / 'ablations.json'}")
     return 0
 
 
-def _check_tables(paper: Paper, numbers: list[int]) -> None:
-    unknown = [number for number in numbers if number not in paper.tables]
+def _plan(args: Any, paper: Paper) -> Plan:
+    clips, steps = (24, 6) if args.quick else (paper.clips, paper.steps)
+    size = paper.experiment.size
+    if args.size is not None and size is None:
+        raise ValueError(f"--size {args.size}: {paper.title} trains on features, which have no size in pixels")
+    plan = Plan(
+        paper=args.paper,
+        config=tuple(args.config or map(_typed, (CONFIGS / name for name in paper.base))),
+        clips=clips if args.clips is None else args.clips,
+        size=size if args.size is None else args.size,
+        steps=steps if args.steps is None else args.steps,
+        seed=args.seed,
+    )
+    if plan.steps < 1:
+        raise ValueError(f"--steps {plan.steps}: must be at least 1")
+    return plan
+
+
+def _keys(paper: Paper, asked: Sequence[Key]) -> list[Key]:
+    """The tables that are asked for, in the order of the paper; all where none is."""
+    unknown = [key for key in asked if key not in paper.tables]
     if unknown:
-        first, *_, last = paper.tables
-        raise ValueError(f"--tables {unknown[0]}: of {paper.title} there are {first} to {last}")
+        raise ValueError(f"--tables {unknown[0]}: of {paper.title} there are {paper.known}")
+    return [key for key in paper.tables if key in (asked or paper.tables)]
 
 
-def _variants(paper: Paper, numbers: list[int]) -> list[str]:
+def _variants(paper: Paper, keys: Sequence[Key]) -> list[str]:
     """Every variant of the tables once, the S4 training before what starts from it."""
-    variants = dict.fromkeys(row.variant for number in numbers for row in paper.tables[number].rows)
+    variants = dict.fromkeys(row.variant for key in keys for row in paper.tables[key].rows)
     return [name for variant in variants for name in ((S4, FROM_S4) if variant == FROM_S4 else (variant,))]
 
 
-def _setting(variant: str) -> str:
-    return "s4" if variant == S4 else "ms3"
+def _setting(paper: Paper, variant: str) -> str:
+    return "s4" if variant == S4 else paper.experiment.setting
 
 
 def _result_file(out: Path, variant: str) -> Path:
-    """What `avs-dist evaluate` writes, at once and last: where it is, the row is done."""
+    """What measures a row writes this, at once and last: where it is, the row is done."""
     return out / variant / "test.json"
 
 
@@ -156,18 +156,16 @@ def _shards(out: Path, setting: str, plan: Plan) -> Path:
     clips, shards = out / f"clips_{setting}", out / f"shards_{setting}"
     if not (shards / INDEX_FILE).is_file():
         shutil.rmtree(clips, ignore_errors=True)  # of a run that was stopped
-        stage("synth", "--out", clips, "--setting", setting, "--clips", plan.clips, "--seed", plan.seed,
-              "--size", plan.size)  # fmt: skip
-        stage("shards", "build", "--source", f"avsbench-{setting}", "--root", clips, "--out", shards,
-              "--size", plan.size)  # fmt: skip
+        for command in PAPERS[plan.paper].experiment.data(setting, clips, shards, plan):
+            stage(*command)
     return shards
 
 
 def _train_command(out: Path, plan: Plan, variant: str, warmup: int) -> list[str]:
-    overlay = CONFIGS / PAPERS[plan.paper].overlays / f"{variant}.yaml"
-    configs = [*plan.config, *([] if variant in (FULL, S4, FROM_S4) else [_typed(overlay)])]
+    paper = PAPERS[plan.paper]
+    configs = [*plan.config, *(_typed(CONFIGS / name) for name in paper.files(variant))]
     values = {
-        "data.shards": out / f"shards_{_setting(variant)}",
+        "data.shards": out / f"shards_{_setting(paper, variant)}",
         "seed": plan.seed,
         "optim.warmup_steps": warmup,
         "train.max_steps": plan.steps,
@@ -186,43 +184,46 @@ def _typed(path: Path) -> str:
     return str(path) if here.startswith("..") else here
 
 
-def _write(out: Path, plan: Plan, numbers: list[int], warmup: int) -> None:
+def _write(out: Path, plan: Plan, keys: Sequence[Key], warmup: int) -> None:
     """ablations.json and ablations.md with all rows that are done so far."""
     tables, paper = {}, PAPERS[plan.paper]
-    for number in numbers:
+    for key in keys:
         rows = []
-        for row in paper.tables[number].rows:
+        for row in paper.tables[key].rows:
             command = shown(_train_command(out, plan, row.variant, warmup))
-            rows.append({**row._asdict(), **_result(out, row.variant), "command": command})
-        tables[str(number)] = {"title": f"{paper.name(number)}: {paper.tables[number].title}", "rows": rows}
+            rows.append({**row._asdict(), **_result(out, paper.experiment, row.variant), "command": command})
+        tables[str(key)] = {"title": f"{paper.name(key)}: {paper.tables[key].title}", "rows": rows}
     write_text(out / "ablations.json", json.dumps({**dataclasses.asdict(plan), "tables": tables}, indent=1) + "\n")
-    write_text(out / "ablations.md", _markdown(plan, tables))
+    write_text(out / "ablations.md", _markdown(plan, paper, tables))
 
 
-def _result(out: Path, variant: str) -> dict[str, float | None]:
+def _result(out: Path, experiment: Experiment, variant: str) -> dict[str, float | None]:
     path = _result_file(out, variant)
     if not path.is_file():
-        return {"miou": None, "f_score": None, "steps_per_s": None}
-    measured = json.loads(path.read_text())["results"]["real"]
-    records = map(json.loads, (out / variant / "metrics.jsonl").read_text().splitlines())
+        return dict.fromkeys((*(column.key for column in experiment.columns), SPEED.key))
+    records = [json.loads(line) for line in (out / variant / "metrics.jsonl").read_text().splitlines()]
     seconds = [record["seconds_per_step"] for record in records if record["phase"] == "train"]
     speed = 1.0 / statistics.median(seconds) if seconds else None  # a run of few steps logs none
-    return {"miou": measured["miou"], "f_score": measured["f_score"], "steps_per_s": speed}
+    return {**experiment.scores(path, records), SPEED.key: speed}
 
 
-def _markdown(plan: Plan, tables: dict[str, Any]) -> str:
+def _markdown(plan: Plan, paper: Paper, tables: dict[str, Any]) -> str:
+    experiment = paper.experiment
+    columns, published = (*experiment.columns, SPEED), experiment.published
     parts = [
-        f"Toy scale: {plan.clips} synthetic clips of {plan.size} x {plan.size} pixels, a tenth of them the test split, "
+        f"Toy scale: {experiment.described(plan)}, a tenth of them the test split, "
         f"and {plan.steps} steps from random weights with one seed. These scores are reported, not claimed: they show "
         "that every row trains; at this scale their order says nothing about that of the paper.",
-        f"Paper: {PAPERS[plan.paper].title}. Base of all rows: {' '.join(plan.config)}. "
-        "mIoU and F are those of `avs-dist evaluate`; steps/s is a median.",
+        f"Paper: {paper.title}. Base of all rows: {' '.join(plan.config)}. {experiment.legend}; steps/s is a median.",
     ]
+    head = ("row", *(column.heading for column in (*columns, *published)), "command")
     for table in tables.values():
-        lines = [f"## {table['title']}", "", _line(HEAD), _line(["---"] * len(HEAD))]
+        lines = [f"## {table['title']}", "", _line(head), _line(["---"] * len(head))]
         for row in table["rows"]:
-            measured = [_cell(row["miou"], ".3f"), _cell(row["f_score"], ".3f"), _cell(row["steps_per_s"], ".2f")]
-            lines.append(_line([row["label"], *measured, _cell(row["published"], ".2f"), f"`{row['command']}`"]))
+            measured = [_cell(row[column.key], column.form) for column in columns]
+            quoted = row["published"] if isinstance(row["published"], tuple) else [row["published"]] * len(published)
+            of_paper = [_cell(value, column.form) for value, column in zip(quoted, published, strict=True)]
+            lines.append(_line([row["label"], *measured, *of_paper, f"`{row['command']}`"]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

@@ -170,7 +170,7 @@ def test_published_and_proper_scores_differ_as_they_should():
 def test_published_score_is_the_best_of_all_epochs_on_what_is_measured():
     parts = splits(noise=1.5)
     task, protocol = Localisation(), one_data_set(parts, "all")
-    settings = HeadTraining(epochs=6, lr=2e-2, batch=16)
+    settings = HeadTraining(epochs=9, lr=0.2, batch=16)
     found = measures(task, protocol, settings, train_on=["visual"])
     train, test = (task.examples(protocol.published_train, m) for m in ("visual", "audio"))
     each = []
@@ -179,6 +179,7 @@ def test_published_score_is_the_best_of_all_epochs_on_what_is_measured():
         each.append(task.scores(logits, test))
     for name in ("accuracy_published", "f1_published"):
         values = [scores[name] for scores in each]
+        assert values.index(max(values)) < 8  # the last is not the best
         assert found[name].scores["visual"]["audio"] == max(values)
         assert found[name].epochs["visual"]["audio"] == 1 + values.index(max(values))
 
@@ -211,6 +212,10 @@ def test_across_data_sets_each_may_have_one_modality():
     assert "-" in table(found["accuracy_published"]).splitlines()[-2]
     with pytest.raises(ValueError, match="--train-on audio: .* labelled and coded in visual"):
         transfer(Classification(), protocol, QUICK, ["audio"])
+    both = two_data_sets(ours, {"test": coded_clips(40, 8)}, tuple((e, e) for e in EVENTS))
+    found = measures(Classification(), both)
+    assert found["accuracy_published"].scores["visual"]["visual"] > 0.9
+    assert found["accuracy_published"].labelled == {}  # of other data
     unmeasured = dataclasses.replace(protocol, own=protocol.own.rows(torch.zeros(len(protocol.own), dtype=torch.bool)))
     assert measures(Classification(), unmeasured)["accuracy"].labelled == {}
 
