@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from tqdm import tqdm
 
-from avs_dist.code_usage import PARTLY_SHARED, SHARED, CodeUse
+from avs_dist.code_usage import PARTLY_SHARED, SHARED, CodeUsage, CodeUse
 from avs_dist.report_figures import GRID, INK, MUTED
+from avs_dist.sequences import Sequences
+from avs_dist.shards.plan import PADDING
+from avs_dist.systems.base import System
+from avs_dist.systems.unicode import UnicodeSystem
 
 # of the paper: visual blue, audio red, both green
 VISUAL, AUDIO, BOTH, THIRD = "#3b6fd4", "#d43d3d", "#2f9e5b", "#d99a1c"
@@ -19,10 +26,34 @@ MODALITY = {"visual": VISUAL, "audio": AUDIO, "text": THIRD}
 SPARE = ("#7a5bb5", "#2aa7b8", "#8a6d4b")
 
 
-def draw(use: CodeUse, path: str | Path) -> None:
-    """Write a PNG: above, each used code as a dot, its height the number of its tokens, its colour its class (shares of
-    the used codes in the legend); below, whose these tokens are. From left to right the codes go from the one modality
-    over the shared ones to the other.
+def measure_use(
+    system: System, batches: Iterable[tuple[Sequences, Sequence[int]]], device: torch.device | str = "cpu"
+) -> CodeUse:
+    """The use of the codes by all tokens, on one process.
+
+    Args:
+        system: on `device`.
+        batches: as `avs_dist.loader.eval_loader` yields them; clips that only fill a batch are not counted.
+
+    Raises:
+        ValueError: the system has no codebook.
+    """
+    if not isinstance(system, UnicodeSystem):
+        raise ValueError(
+            f"{type(system).__name__} has no codebook whose use could be shown: train model.system=unicode"
+        )
+    usage = CodeUsage(system.config.model.unicode.codebook.num_codes, system.modalities)
+    for batch, positions in tqdm(batches, desc="encode", unit="batch", leave=False):
+        fills_B1 = (torch.as_tensor(positions, device=device) == PADDING)[:, None]
+        encoded = system.encode(batch.to(device))
+        usage.update({m: each.indices_BT.masked_fill(fills_B1, -1) for m, each in encoded.items()})
+    return usage.compute()
+
+
+def draw(use: CodeUse, path: str | Path | IO[bytes]) -> None:
+    """Write a PNG, to a file or its path: above, each used code as a dot, its height the number of its tokens, its
+    colour its class (shares of the used codes in the legend); below, whose these tokens are. From left to right the
+    codes go from the one modality over the shared ones to the other.
     """
     colours = _colours(use.modalities)
     order = _order(use)

@@ -6,8 +6,8 @@
     avs-dist ablations --tables 5 --steps 1000 --out runs/table5
 
 Every row is the base configs plus small files of configs/ecmvae, configs/diffusion or configs/unicode; rows that stand
-in several tables are run once. The tables and their commands are written to ablations.md and ablations.json in --out, again after
-every row. A run that was stopped goes on where it was when the same command is given again.
+in several tables are run once. The tables and their commands are written to ablations.md and ablations.json in --out,
+again after every row. A run that was stopped goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ SPEED = Column("steps_per_s", "steps/s", ".2f")
 
 def build_parser() -> Parser:
     parser = Parser(prog="avs-dist ablations", description=__doc__)
-    parser.add_argument("--paper", type=Literal["ecmvae", "diffusion", "unicode"], default="ecmvae", help="whose tables")
+    parser.add_argument(
+        "--paper", type=Literal["ecmvae", "diffusion", "unicode"], default="ecmvae", help="whose tables"
+    )
     parser.add_argument(
         "--tables",
-        type=int | Literal["fig3"],
+        type=int | str,
         nargs="+",
         default=None,
         help="of the paper: 2 to 6 of ECMVAE, 3 to 8 (Table III to VIII) of diffusion, 1 to 3 and fig3 of unicode "
@@ -216,13 +218,13 @@ def _markdown(plan: Plan, paper: Paper, tables: dict[str, Any]) -> str:
         "that every row trains; at this scale their order says nothing about that of the paper.",
         f"Paper: {paper.title}. Base of all rows: {' '.join(plan.config)}. {experiment.legend}; steps/s is a median.",
     ]
-    head = ("row", *(column.heading for column in (*columns, *published)), "command")
+    head = ("row", *(column.heading for column in columns), *published, "command")
     for table in tables.values():
         lines = [f"## {table['title']}", "", _line(head), _line(["---"] * len(head))]
         for row in table["rows"]:
             measured = [_cell(row[column.key], column.form) for column in columns]
             quoted = row["published"] if isinstance(row["published"], tuple) else [row["published"]] * len(published)
-            of_paper = [_cell(value, column.form) for value, column in zip(quoted, published, strict=True)]
+            of_paper = [_cell(value, experiment.published_form) for value in quoted]
             lines.append(_line([row["label"], *measured, *of_paper, f"`{row['command']}`"]))
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -30,21 +31,29 @@ Evaluates the split once for each number of steps. Writes the picture, and besid
 seconds that a prediction takes.
 """
 
+CODES_HELP = """Draw which modalities choose each code of a shared codebook (Fig. 4 of Uni-Code).
+
+    avs-dist report codes --checkpoint runs/cmg/train --split test --out codes.png
+
+Above, a dot for each code in use: how many tokens have it, and whether it is mostly of one modality (over 80 % of its
+tokens) or shared (at least 20 % of each). Below, whose its tokens are. Writes the picture, and beside it a .json with
+the shares of the codes in use, the share of seconds in which modalities have one code, and the tokens of every code.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="avs-dist report", description=__doc__)
     reports = parser.add_subcommands(required=True, dest="report")
-    latents, denoising = _latents_parser(), _denoising_parser()
-    reports.add_subcommand("latents", latents, help="the latent codes of the frames of a split, by t-SNE")
-    reports.add_subcommand("denoising", denoising, help="the scores over the number of denoising steps")
-    for name, report in (("latents", latents), ("denoising", denoising)):
+    for name, report, text in (
+        ("latents", _latents_parser(), "the latent codes of the frames of a split, by t-SNE"),
+        ("denoising", _denoising_parser(), "the scores over the number of denoising steps"),
+        ("codes", _parser(CODES_HELP, out="codes.png"), "which modalities choose each code of a shared codebook"),
+    ):
+        reports.add_subcommand(name, report, help=text)
         report.prog = f"avs-dist report {name}"  # errors and help then name the command as it is typed
         report.usage = f"{report.prog} [options]"
     args = parser.parse_args(argv)
-    if args.report == "latents":
-        _latents(args.latents)
-    else:
-        _denoising(args.denoising)
+    {"latents": _latents, "denoising": _denoising, "codes": _codes}[args.report](args[args.report])
     return 0
 
 
@@ -140,6 +149,24 @@ def _denoising(args: Any) -> None:
     settings = {key: getattr(diffusion, key) for key in ("train_steps", "schedule", "spacing", "eta", "samples")}
     numbers = {"config_steps": diffusion.steps, **settings, "points": [point.to_dict() for point in points]}
     _write(args, config, denoising_png(points, title, diffusion.steps), numbers)
+
+
+def _codes(args: Any) -> None:
+    _check_out(args.out)
+    import torch
+
+    from avs_dist.code_usage_figure import draw, measure_use
+    from avs_dist.loader import eval_loader
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    system, config = load_for_shards(args.checkpoint, args.shards, device)
+    use = measure_use(system, eval_loader(config, args.split, batch_size=16), device)
+    for name, value in use.scalars().items():
+        print(f"{name:<24} {value:.4f}")
+    picture = io.BytesIO()
+    draw(use, picture)
+    tokens = dict(zip(use.modalities, use.counts_ML.tolist(), strict=True))
+    _write(args, config, picture.getvalue(), {**use.scalars(), "tokens": tokens})
 
 
 def _check_out(out: Path) -> None:

@@ -36,14 +36,15 @@ class Experiment(ABC):
 
     setting:   Of the synthetic data, where a row does not say otherwise.
     columns:   What is measured of each row.
-    published: The scores of the paper that a row quotes.
+    published: Headings of the scores that a row quotes from the paper, which are written in `published_form`.
     legend:    What the columns say.
     size:      Default side of the frames in pixels; None: there are none.
     """
 
     setting: str
     columns: tuple[Column, ...]
-    published: tuple[Column, ...]
+    published: tuple[str, ...]
+    published_form: str
     legend: str
     size: int | None
 
@@ -74,7 +75,8 @@ class Masks(Experiment):
 
     setting = "ms3"
     columns = (Column("miou", "toy mIoU"), Column("f_score", "toy F"))
-    published = (Column("published", "paper's MS3 mIoU", ".2f"),)
+    published = ("paper's MS3 mIoU",)
+    published_form = ".2f"
     legend = "mIoU and F are those of `avs-dist evaluate`"
     size = 64
 
@@ -108,7 +110,8 @@ class Codes(Experiment):
         Column("agreement", "same code", ".1%"),
         Column("shared", "shared codes", ".1%"),
     )
-    published = (Column("v_to_a", "paper's AVE V->A", ".1f"), Column("a_to_v", "paper's AVE A->V", ".1f"))
+    published = ("paper's AVE V->A", "paper's AVE A->V")
+    published_form = ".1f"
     legend = (
         "V->A: accuracy on sound of a head that learnt from pictures, on test clips (`avs-dist downstream classify`); "
         "the paper's scores are in percent, trained on VGGSound-AVEL 40K. Of the validation clips at the end of the "
