@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from untrained import small_model, write_checkpoint
 
-from avs_dist.checkpoint import load_system
+from avs_dist.checkpoint import load_system, seal
 from avs_dist.code_usage_figure import measure_use
 from avs_dist.config import CodebookConfig, ModelConfig, UnicodeConfig
 from avs_dist.launch import shards, synth
@@ -37,7 +37,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert synth.main(["--out", str(out), "--setting", "cmg", "--clips", str(CLIPS), "--seed", "2"]) == 0
     source = ["--source", "vggsound-avel", "--root", str(out / "VGGSound-AVEL")]
     assert shards.main(["build", *source, "--out", str(out / "shards")]) == 0
-    return write_checkpoint(out / "run", ModelConfig(system="unicode", unicode=UNICODE), out / "shards")
+    folder = write_checkpoint(out / "run", ModelConfig(system="unicode", unicode=UNICODE), out / "shards")
+    seal(folder, load_system(folder)[1], step=0, image_size=0, metrics={})  # features have no frames
+    return folder
 
 
 def counted(checkpoint: Path, split: str) -> tuple[dict[str, list[int]], float]:
@@ -48,7 +50,7 @@ def counted(checkpoint: Path, split: str) -> tuple[dict[str, list[int]], float]:
     same, seconds = 0, 0
     for clip, positions in eval_loader(config, split, batch_size=1):
         assert list(positions) != [-1]
-        encoded = system.encode(clip)
+        encoded = system.encode(clip.to("cpu"))
         for m, counts in tokens.items():
             for code in encoded[m].indices_BT[0].tolist():
                 counts[code] += 1
