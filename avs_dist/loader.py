@@ -14,6 +14,7 @@ from avs_dist.config import Config, UnicodeConfig
 from avs_dist.sequences import collate_features, collate_media
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.pipeline import EvalStream, TrainStream
+from avs_dist.shards.text import MAX_WORDS
 
 AudioSource = Literal["real", "muted", "swapped"]
 
@@ -68,13 +69,13 @@ def _collate(config: Config, index: ShardIndex) -> Callable[[list[Any]], Any]:
 
 
 def sequence_collate(config: UnicodeConfig, index: ShardIndex) -> Callable[[list[Any]], Any]:
-    """Makes a Sequences batch of what the shards hold, as long as their longest clip."""
+    """Makes a Sequences batch of what the shards hold, as long as their longest clip or, with text, the longest prompt,
+    so that no result depends on the other clips of a batch."""
+    num_steps = max(index.clip_seconds, MAX_WORDS if "text" in config.modalities else 0)
     if config.inputs == "media":
         text = config.text_channels if "text" in config.modalities else None
-        return partial(collate_media, num_steps=index.clip_seconds, text_channels=text)
-    return partial(
-        collate_features, shapes=config.shapes, num_steps=index.clip_seconds, num_events=len(index.events or ())
-    )
+        return partial(collate_media, num_steps=num_steps, text_channels=text)
+    return partial(collate_features, shapes=config.shapes, num_steps=num_steps, num_events=len(index.events))
 
 
 def _loader(stream: IterableDataset[Any], config: Config) -> DataLoader[Any]:

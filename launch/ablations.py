@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 def _plan(args: Any, paper: Paper) -> Plan:
     clips, steps = (24, 6) if args.quick else (paper.clips, paper.steps)
     size = paper.experiment.size
-    if False:
+    if args.size is not None and size is None:
         raise ValueError(f"--size {args.size}: {paper.title} trains on features, which have no size in pixels")
     plan = Plan(
         paper=args.paper,

@@ -117,6 +117,11 @@ class ShardIndex:
         return tuple(self.settings["classes"]) if "classes" in self.settings else None
 
     @property
+    def has_prompts(self) -> bool:
+        """Whether clips come with the words of a prompt."""
+        return "prompts" in self.settings
+
+    @property
     def clip_seconds(self) -> int:
         """Longest clip in seconds."""
         return int(self.settings["clip_seconds"])

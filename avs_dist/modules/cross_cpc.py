@@ -29,7 +29,7 @@ class CrossPredictor(nn.Module):
         self.predictors = nn.ModuleDict({_name(p): nn.Linear(dim, steps * dim, bias=False) for p in self.pairs})
 
     def forward(self, z: Mapping[str, Tensor], t: int) -> list[Tensor]:
-        """Predictions [K,B,D] of each (source, target) of `pairs`; that of row k (from 0) is meant for z[target][:, t + k].
+        """Predictions [K,B,D] of each (source, target) of `pairs`; row k (from 0) is for z[target][:, t + k].
 
         Args:
             z: continuous semantic features of each modality [B,T,D].

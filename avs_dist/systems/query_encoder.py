@@ -16,7 +16,6 @@ from avs_dist.sequences import Sequences
 from avs_dist.systems.base import Encoded, Query
 from avs_dist.systems.trunk import Existing
 from avs_dist.systems.unicode import UnicodeSystem
-from avs_dist.systems.unicode_inputs import Media
 
 KEY = "model.query.checkpoint"
 
@@ -105,10 +104,7 @@ def _without_picture(config: Config) -> UnicodeSystem:
     )
     losses = replace(config.loss, unicode=replace(config.loss.unicode, club=0.0, cpc=0.0))
     smaller = replace(config, model=replace(config.model, unicode=unicode), loss=losses)
-    system = UnicodeSystem(smaller, load_pretrained=False)
-    if isinstance(system.inputs, Media):
-        del system.inputs.backbone
-    return system
+    return UnicodeSystem(smaller, load_pretrained=False)
 
 
 def _read(unicode: UnicodeSystem, config: Config) -> None:

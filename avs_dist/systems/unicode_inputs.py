@@ -50,19 +50,19 @@ class Media(nn.Module):
         super().__init__()
         height, width, _ = model.unicode.visual_shape
         self.map_size = (height, width)
-        self.backbone = Backbone(model.backbone.name, model.backbone.weights if load_pretrained else "none")
-        self.audio_encoder = build_audio_encoder(model.audio.kind, model.audio.weights, load_pretrained)
-        channels = self.backbone.channels[-1]
-        self.feature_shapes: dict[str, tuple[int, ...]] = {
-            "audio": (AUDIO_CHANNELS,),
-            "visual": (height, width, channels),
-            "text": (model.unicode.text_channels,),
-        }
-        self.target_shapes: dict[str, tuple[int, ...]] = {
-            "audio": (COARSE_MEL[0] * COARSE_MEL[1],),
-            "visual": (height, width, 3 * CELL * CELL),
-            "text": (model.unicode.text_channels,),
-        }
+        self.feature_shapes: dict[str, tuple[int, ...]] = {}
+        self.target_shapes: dict[str, tuple[int, ...]] = {}
+        # only what is used: ZeRO wants a gradient for every parameter
+        if "visual" in model.unicode.modalities:
+            self.backbone = Backbone(model.backbone.name, model.backbone.weights if load_pretrained else "none")
+            self.feature_shapes["visual"] = (height, width, self.backbone.channels[-1])
+            self.target_shapes["visual"] = (height, width, 3 * CELL * CELL)
+        if "audio" in model.unicode.modalities:
+            self.audio_encoder = build_audio_encoder(model.audio.kind, model.audio.weights, load_pretrained)
+            self.feature_shapes["audio"] = (AUDIO_CHANNELS,)
+            self.target_shapes["audio"] = (COARSE_MEL[0] * COARSE_MEL[1],)
+        if "text" in model.unicode.modalities:
+            self.feature_shapes["text"] = self.target_shapes["text"] = (model.unicode.text_channels,)
 
     def forward(self, modality: str, value: Tensor, valid_BT: Tensor) -> Input:
         if modality == "text":

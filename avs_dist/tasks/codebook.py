@@ -49,6 +49,8 @@ class CodebookTask(Task):
             )
         if kind == "features":
             self._check_shapes(index)
+        elif "text" in unicode.modalities and not index.has_prompts:
+            raise ValueError(f"model.unicode.modalities: clips in {shards} have no text; build them with --prompts")
         if unicode.predict_steps >= index.clip_seconds and self.config.loss.unicode.cpc > 0:
             raise ValueError(
                 f"model.unicode.predict_steps={unicode.predict_steps}: clips in {shards} have {index.clip_seconds} s"

@@ -39,6 +39,10 @@ class SegmentationTask(Task):
         config = self.config
         if index.kind != "clips":
             raise ValueError(f"data.shards={config.data.shards}: features without masks; set model.system=unicode")
+        if config.model.system == "query" and config.model.query.modality == "text" and not index.has_prompts:
+            raise ValueError(
+                f"model.query.modality=text: clips in {config.data.shards} have no text; build them with --prompts"
+            )
         num_classes = len(index.classes) if index.classes else 1
         if num_classes != config.model.num_classes:
             loss = "cross_entropy" if num_classes > 1 else "bce"
