@@ -208,7 +208,8 @@ class CodebookConfig:
 
     def __post_init__(self) -> None:
         at_least("model.unicode.codebook.num_codes", self.num_codes, 2)
-        share("model.unicode.codebook.decay", self.decay)
+        if not 0.0 < self.decay <= 1.0:
+            raise ValueError(f"model.unicode.codebook.decay={self.decay}: must be above 0 and at most 1")
         for name in ("cross_commitment", "reset_after"):
             at_least(f"model.unicode.codebook.{name}", getattr(self, name), 0)
 

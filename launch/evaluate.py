@@ -95,6 +95,9 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
     index = ShardIndex.load(config.data.shards)
     trained, built = image_size(checkpoint), index.image_size
+    if (trained == 0) != (built == 0):  # features have no frames
+        words = ["features" if size == 0 else "clips" for size in (trained, built)]
+        raise ValueError(f"{checkpoint} was trained on {words[0]}, {config.data.shards} holds {words[1]}")
     if trained != built:
         raise ValueError(f"trained on {trained} x {trained} frames, {config.data.shards} holds {built} x {built}")
     check_classes(checkpoint, index.classes, config.data.shards)

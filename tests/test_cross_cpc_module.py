@@ -18,8 +18,13 @@ def make(layers: int = 1, own: bool = False) -> tuple[CrossPredictor, dict[str, 
     return predictor, {m: torch.randn(B, T, D, dtype=torch.float64) for m in MODALITIES}
 
 
-def by_pair(predictor: CrossPredictor, z: dict[str, Tensor], t: int) -> dict[tuple[str, str], Tensor]:
-    return dict(zip(predictor.pairs, predictor(z, t), strict=True))
+def seen(predictor: CrossPredictor, *t: int) -> list[Tensor]:
+    """The same seconds for all pairs; one number for all clips, or one for each."""
+    return [torch.tensor(t if len(t) > 1 else t * B)] * len(predictor.pairs)
+
+
+def by_pair(predictor: CrossPredictor, z: dict[str, Tensor], *t: int) -> dict[tuple[str, str], Tensor]:
+    return dict(zip(predictor.pairs, predictor(z, seen(predictor, *t)), strict=True))
 
 
 def context(predictor: CrossPredictor, modality: str, z_TD: Tensor, layers: int) -> Tensor:
@@ -70,7 +75,7 @@ def test_only_the_past_of_the_source_counts():
 @pytest.mark.parametrize("own", [True, False])
 def test_every_parameter_takes_part_whatever_is_seen(t, own):
     predictor, z = make(2, own)
-    sum(v.square().sum() for v in predictor(z, t)).backward()
+    sum(v.square().sum() for v in predictor(z, seen(predictor, t))).backward()
     for name, parameter in predictor.named_parameters():
         assert parameter.grad is not None, name
         # at the first second there is no hidden state yet
@@ -101,8 +106,13 @@ def test_bfloat16_stays():
     assert all(v.dtype == torch.bfloat16 and torch.isfinite(v).all() for v in got.values())
 
 
-@pytest.mark.parametrize("t", [0, -1, T - STEPS + 1])
-def test_a_second_out_of_range_is_refused(t):
-    predictor, z = make()
-    with pytest.raises(ValueError, match=r"predict_steps.*from 1 to 5"):
-        predictor(z, t)
+def test_each_clip_and_pair_has_its_own_second():
+    predictor, z = make(2)
+    t_B = (1, 3, T, 2)
+    got = by_pair(predictor, z, *t_B)
+    for pair in predictor.pairs:
+        for b, t in enumerate(t_B):
+            torch.testing.assert_close(got[pair][:, b], by_pair(predictor, z, t)[pair][:, b])
+    mixed = predictor(z, [torch.full((B,), 1 + place) for place in range(len(predictor.pairs))])
+    for place, pair in enumerate(predictor.pairs):
+        torch.testing.assert_close(mixed[place], by_pair(predictor, z, 1 + place)[pair])

@@ -140,22 +140,30 @@ class Literal:
         return total
 
     def cpc(self, own_weight: float = 0.0) -> float:
-        """Eq. 6."""
-        steps = self.system.predictor.steps
-        seen = int(np.random.default_rng([self.system.config.seed, self.step]).integers(1, STEPS - steps + 1))
-        with torch.no_grad():
-            predictions = self.system.predictor({m: z.float() for m, z in self.z.items()}, seen)
+        """Eq. 6; the same part of what the two modalities of a clip have in common is seen of all clips."""
+        predictor = self.system.predictor
+        share = int(np.random.default_rng([self.system.config.seed, self.step]).integers(2**20)) / 2**20
         total = 0.0
-        for (source, target), prediction_KBD in zip(self.system.predictor.pairs, predictions, strict=True):
-            for k in range(steps):
-                second, each = seen + k, []
-                there = [j for j in range(self.clips) if self.valid[target][j][second]]
+        for source, target in predictor.pairs:
+            common = [min(sum(self.valid[source][b]), sum(self.valid[target][b])) for b in range(self.clips)]
+            there = [b for b in range(self.clips) if common[b] > predictor.steps]
+            seen = {b: 1 + int(share * (common[b] - predictor.steps)) for b in there}
+            for k in range(predictor.steps):
+                each = []
                 for i in there:
-                    if self.valid[source][i][seen - 1]:
-                        scores = {j: (prediction_KBD[k, i].double() @ self.z[target][j, second]).item() for j in there}
-                        each.append(-scores[i] + math.log(sum(map(math.exp, scores.values()))))
-                total += (own_weight if source == target else 1.0) * np.mean(each) / steps
+                    prediction_D = self.prediction(source, target, i, seen[i], k)
+                    scores = {j: (prediction_D @ self.z[target][j, seen[j] + k]).item() for j in there}
+                    each.append(-scores[i] + math.log(sum(map(math.exp, scores.values()))))
+                total += (own_weight if source == target else 1.0) * np.mean(each) / predictor.steps
         return total
+
+    def prediction(self, source: str, target: str, clip: int, seen: int, k: int) -> Tensor:
+        """W_k c_t of one clip."""
+        predictor = self.system.predictor
+        with torch.no_grad():
+            context_1TD, _ = predictor.contexts[source](self.z[source][clip : clip + 1, :seen].float())
+            every_KD = predictor.predictors[f"{source}_to_{target}"](context_1TD[0, -1]).view(predictor.steps, -1)
+        return every_KD[k].double()
 
     def code_matching(self) -> float:
         posterior = {}
@@ -204,6 +212,44 @@ def test_terms_are_those_of_the_public_code():
         "align": 0.5 * literal.code_matching(),
     }
     assert {name: terms[name] for name in expected} == pytest.approx(expected, rel=2e-4, abs=1e-5)
+
+
+ALIGNMENTS = ("code_matching", "margin", "contrast", "transport", "cross_reconstruction")
+
+
+def cut(batch: Sequences, rows: list[int]) -> Sequences:
+    inputs, valid = ({m: x[rows] for m, x in each.items()} for each in (batch.inputs, batch.valid))
+    return Sequences(inputs, valid, {}, tuple(batch.key[row] for row in rows))
+
+
+@pytest.mark.parametrize("align", ALIGNMENTS)
+def test_clips_without_a_modality_change_nothing_that_compares_modalities(align):
+    batch = make_batch(clips=6, modalities=THREE)
+    for m, rows in (("audio", [1, 4]), ("text", [1, 4])):
+        batch.valid[m][rows], batch.inputs[m][rows] = False, 0.0
+    both = [0, 2, 3, 5]
+    for names_of in (("audio", "visual"), ("audio", "text")):
+        system = build("--loss.unicode.align", align, *names(names_of))
+        with_all = copy.deepcopy(system).loss_terms(batch, 1)
+        alone = copy.deepcopy(system).loss_terms(cut(batch, both), 1)
+        for name in ("cpc", "align"):
+            assert with_all[name].item() == pytest.approx(alone[name].item(), rel=1e-4), name
+
+
+@pytest.mark.parametrize("align", ALIGNMENTS)
+def test_longer_padding_changes_no_term(align):
+    system, batch = build("--loss.unicode.align", align, *names(THREE)), make_batch(modalities=THREE)
+    longer = Sequences(
+        {m: torch.cat([x, torch.zeros_like(x[:, :4])], 1) for m, x in batch.inputs.items()},
+        {m: torch.cat([x, torch.zeros_like(x[:, :4])], 1) for m, x in batch.valid.items()},
+        {},
+        batch.key,
+    )
+    for step in range(5):
+        short, long = (copy.deepcopy(system).loss_terms(each, step) for each in (batch, longer))
+        for name, term in short.items():
+            assert long[name].item() == pytest.approx(term.item(), rel=1e-4), name
+        assert short["cpc"] > 0
 
 
 def test_turn_rebuilds_each_modality_from_the_codes_of_the_others():

@@ -91,6 +91,8 @@ def test_pairing_score_counts_the_clips_that_are_further_away():
         (("--model.unicode.inputs", "media"), "set model.unicode.inputs=features"),
         (("--model.unicode.predict_steps", "10"), "model.unicode.predict_steps=10: clips in .* have 10 s"),
         (("--train.global_batch", "1"), "one clip at a time leaves nothing to compare"),
+        (("--engine.grad_accumulation", "2"), "engine.grad_accumulation=2: codebook and negatives"),
+        (("--model.compat", "published_code"), "configs/unicode/published_code.yaml"),
         (("--data.mirror", "0.5"), "data.mirror=0.5: is for masks"),
         (("--model.system", "tpavi"), "features without masks; set model.system=unicode"),
         (("--data.eval_split", "dev"), "has no split 'dev'"),
@@ -99,6 +101,11 @@ def test_pairing_score_counts_the_clips_that_are_further_away():
 def test_what_does_not_fit_is_refused_before_the_first_step(overrides, message, cmg_shards, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer.train(config(cmg_shards, tmp_path, 2, *overrides))
+
+
+def test_one_clip_at_a_time_is_enough_where_nothing_is_compared(cmg_shards, tmp_path):
+    alone = ("--loss.unicode.cpc", "0", "--loss.unicode.club", "0", "--loss.unicode.align", "cross_reconstruction")
+    assert trainer.train(config(cmg_shards, tmp_path, 2, *alone, "--train.global_batch", "1")).is_dir()
 
 
 def test_clips_are_refused_where_features_are_expected(ms3_shards, tmp_path):

@@ -35,7 +35,7 @@ def code_posterior(z_NTD: Tensor, codes_LD: Tensor, valid_NT: Tensor) -> Tensor:
     return total_NL / valid_NT.sum(1, keepdim=True).clamp_min(1)
 
 
-def code_matching(own_ML: Tensor, other_NL: Tensor, positive_M: Tensor) -> Tensor:
+def code_matching(own_ML: Tensor, other_NL: Tensor, positive_M: Tensor, *, counted_N: Tensor | None = None) -> Tensor:
     """-log(exp(S_ii) / sum_j exp(S_ij)) with S_ij = P_i log P'_j + P'_j log P_i, [M] (L_cmcm, Liu et al. 2021).
 
     The public code of Uni-Code shifts S so that no term of the denominator is below 1 and adds 1e-5 to it; the
@@ -45,13 +45,16 @@ def code_matching(own_ML: Tensor, other_NL: Tensor, positive_M: Tensor) -> Tenso
     Args:
         own_ML: `code_posterior` P of this rank's clips in one modality.
         other_NL: that of the other modality, P', of the clips of all ranks.
+        counted_N: bool, clips that may be negatives; None for all.
     """
     own_ML, other_NL = at_least_float32(own_ML), at_least_float32(other_NL)
     scores_MN = own_ML @ (other_NL + LOG_EPS).log().T + (own_ML + LOG_EPS).log() @ other_NL.T
-    return info_nce(scores_MN, positive_M)
+    return info_nce(scores_MN, positive_M, excluded_MN=_excluded(counted_N, scores_MN))
 
 
-def adaptive_margin(scores_MN: Tensor, positive_M: Tensor, alpha: float = 0.5) -> Tensor:
+def adaptive_margin(
+    scores_MN: Tensor, positive_M: Tensor, alpha: float = 0.5, *, counted_N: Tensor | None = None
+) -> Tensor:
     """Softmax loss with a margin on the positive score, [M] (S-MiT: adaptive mean margin, Monfort et al. 2021, eq. 3).
 
     -log(exp(S_ii - m_i) / (exp(S_ii - m_i) + sum_{j != i} exp(S_ij))), m_i = alpha (S_ii - mean_{j != i} S_ij): the
@@ -60,12 +63,20 @@ def adaptive_margin(scores_MN: Tensor, positive_M: Tensor, alpha: float = 0.5) -
     Args:
         scores_MN: dot products of each of M anchors with each of N candidates.
         alpha: how much of the lead the margin takes (paper: 0.5).
+        counted_N: bool, candidates that may be negatives; None for all.
     """
     scores_MN = at_least_float32(scores_MN)
     positive_M1 = positive_M[:, None]
     own_M1 = scores_MN.gather(1, positive_M1)
-    others_M1 = (scores_MN.sum(1, keepdim=True) - own_M1) / max(scores_MN.shape[1] - 1, 1)
-    return info_nce(scores_MN.scatter_add(1, positive_M1, -alpha * (own_M1 - others_M1)), positive_M)
+    other_MN = torch.ones_like(scores_MN) if counted_N is None else counted_N.to(scores_MN.dtype).expand_as(scores_MN)
+    other_MN = other_MN.scatter(1, positive_M1, 0.0)
+    others_M1 = (scores_MN * other_MN).sum(1, keepdim=True) / other_MN.sum(1, keepdim=True).clamp_min(1.0)
+    shifted_MN = scores_MN.scatter_add(1, positive_M1, -alpha * (own_M1 - others_M1))
+    return info_nce(shifted_MN, positive_M, excluded_MN=_excluded(counted_N, scores_MN))
+
+
+def _excluded(counted_N: Tensor | None, scores_MN: Tensor) -> Tensor | None:
+    return None if counted_N is None else (~counted_N).expand_as(scores_MN)
 
 
 @torch.no_grad()

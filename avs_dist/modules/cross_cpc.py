@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class CrossPredictor(nn.Module):
-    """An LSTM for each modality sums up its first t seconds; linear maps predict the K seconds after these (eq. 6).
+    """An LSTM for each modality sums up its first seconds; linear maps predict the K seconds after these (eq. 6).
 
     Each ordered pair of modalities has its own map W_k for each step, without bias.
 
@@ -28,30 +28,23 @@ class CrossPredictor(nn.Module):
         self.contexts = nn.ModuleDict({m: nn.LSTM(dim, dim, layers, batch_first=True) for m in modalities})
         self.predictors = nn.ModuleDict({_name(p): nn.Linear(dim, steps * dim, bias=False) for p in self.pairs})
 
-    def forward(self, z: Mapping[str, Tensor], t: int) -> list[Tensor]:
-        """Predictions [K,B,D] of each (source, target) of `pairs`; row k (from 0) is for z[target][:, t + k].
+    def forward(self, z: Mapping[str, Tensor], seen: Sequence[Tensor]) -> list[Tensor]:
+        """Predictions [K,B,D] of each (source, target) of `pairs`; row k (from 0) is for z[target][b, seen_b + k].
 
         Args:
             z: continuous semantic features of each modality [B,T,D].
-            t: seconds that are seen, from 1 to T - K.
-
-        Raises:
-            ValueError: t is out of its range.
+            seen: int64 [B] of each pair, the seconds of each clip that are seen, from 1 to T.
         """
-        context_BD = {}
-        for modality, lstm in self.contexts.items():
-            seconds = z[modality].shape[1]
-            if not 1 <= t <= seconds - self.steps:
-                raise ValueError(
-                    f"Cross-CPC cannot predict {self.steps} seconds (model.unicode.predict_steps) after the first {t} "
-                    f"of {seconds} of {modality}: the seconds seen must be from 1 to {seconds - self.steps}"
-                )
-            context_BD[modality] = lstm(z[modality][:, :t])[0][:, -1]
+        # over all seconds at once: what the LSTM says of the first ones does not depend on the later
+        context = {modality: lstm(z[modality])[0] for modality, lstm in self.contexts.items()}
+        predictions = []
+        for pair, seen_B in zip(self.pairs, seen, strict=True):
+            context_BTD = context[pair[0]]
+            last_B1D = (seen_B - 1)[:, None, None].expand(-1, 1, context_BTD.shape[2])
+            predicted_BE = self.predictors[_name(pair)](context_BTD.gather(1, last_B1D)[:, 0])
+            predictions.append(predicted_BE.unflatten(1, (self.steps, -1)).movedim(1, 0))
         # a list: DeepSpeed's hooks of ZeRO-3 look into dicts, and want strings for keys
-        return [
-            self.predictors[_name(pair)](context_BD[pair[0]]).unflatten(1, (self.steps, -1)).movedim(1, 0)
-            for pair in self.pairs
-        ]
+        return predictions
 
 
 def _name(pair: tuple[str, str]) -> str:

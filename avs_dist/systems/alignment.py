@@ -42,22 +42,25 @@ def alignment_loss(
     total = codes_LD.new_zeros(())
     for one, other in combinations(semantic, 2):
         counted_B = valid[one].any(1) & valid[other].any(1)
+        there_N = gather_rows(counted_B.float(), equal=True)[0] > 0.5
         if kind == "transport":
             loss_B = _transport(clips[one], clips[other], codes_LD, counted_B)
         elif kind == "code_matching":
             all_NL, own_B = _gathered(clips[other])
-            loss_B = code_matching(clips[one], all_NL, own_B)
+            loss_B = code_matching(clips[one], all_NL, own_B, counted_N=there_N)
         else:
-            loss_B = (_compare(kind, clips[one], clips[other]) + _compare(kind, clips[other], clips[one])) / 2
+            pair = (clips[one], clips[other])
+            loss_B = (_compare(kind, *pair, there_N) + _compare(kind, *pair[::-1], there_N)) / 2
         total = total + counted_mean(loss_B, counted_B)
     return total
 
 
-def _compare(kind: str, anchor_BD: Tensor, partner_BD: Tensor) -> Tensor:
+def _compare(kind: str, anchor_BD: Tensor, partner_BD: Tensor, there_N: Tensor) -> Tensor:
     all_ND, own_B = _gathered(partner_BD)
     if kind == "margin":
-        return adaptive_margin(anchor_BD @ all_ND.T, own_B)
-    return info_nce(cosine_scores(anchor_BD, all_ND), own_B, temperature=TEMPERATURE)
+        return adaptive_margin(anchor_BD @ all_ND.T, own_B, counted_N=there_N)
+    scores_BN = cosine_scores(anchor_BD, all_ND)
+    return info_nce(scores_BN, own_B, temperature=TEMPERATURE, excluded_MN=(~there_N).expand_as(scores_BN))
 
 
 def _transport(one_BD: Tensor, other_BD: Tensor, codes_LD: Tensor, counted_B: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from avs_dist.modules.conditional_gaussian import ConditionalGaussian
 from avs_dist.modules.cross_cpc import CrossPredictor
 from avs_dist.world import all_reduce_sum, counted_mean, gather_rows
 
+SHARES = 2**20  # a random second is a random one of so many parts of a clip, whatever its length
+
 
 class Disentangled(NamedTuple):
     """Sums over the modalities of this rank's shares of the means over all ranks."""
@@ -66,32 +68,31 @@ def cpc_loss(
 ) -> Tensor:
     """What each modality tells of the next seconds of the others (eq. 6), a sum over ordered pairs of modalities.
 
-    All ranks look ahead from the same second, which depends on seed and step alone; candidates are the clips of all
-    ranks that go on that long.
+    t is as far into what the two modalities of a clip have in common for all clips of a step, which is the same second
+    for clips of the same length; it depends on seed and step alone. Candidates are the clips of all ranks that both
+    modalities of the pair go on long enough in.
     """
-    first = next(iter(semantic.values()))
-    steps = predictor.steps
-    seen = int(np.random.default_rng([config.seed, step]).integers(1, first.shape[1] - steps + 1))
-    ahead = {m: _ahead(semantic[m], valid[m], seen, steps) for m in semantic}
-    total = first.new_zeros((), dtype=torch.float32)
-    for (source, target), prediction_KBD in zip(predictor.pairs, predictor(semantic, seen), strict=True):
+    steps, share = predictor.steps, int(np.random.default_rng([config.seed, step]).integers(SHARES))
+    lengths = [torch.minimum(valid[source].sum(1), valid[target].sum(1)) for source, target in predictor.pairs]
+    # t in (0, T-K]
+    seen = [1 + share * (length_B - steps).clamp_min(1) // SHARES for length_B in lengths]
+    total = next(iter(semantic.values())).new_zeros((), dtype=torch.float32)
+    predictions = predictor(semantic, seen)
+    for (source, target), seen_B, length_B, prediction_KBD in zip(
+        predictor.pairs, seen, lengths, predictions, strict=True
+    ):
         weight = config.loss.unicode.cpc_self if source == target else 1.0
-        for k, (candidates_ND, there_N, own_B) in enumerate(ahead[target]):
-            counted_B = valid[source][:, seen - 1] & there_N[own_B]
-            loss_B = cpc(prediction_KBD[k], candidates_ND, own_B, counted_N=there_N)
-            total = total + weight / steps * counted_mean(loss_B, counted_B)
+        there_B = length_B > steps
+        there_N, first = gather_rows(there_B.float(), equal=True)
+        own_B = torch.arange(first, first + len(there_B), device=there_B.device)
+        for k in range(steps):
+            # clips that end before are looked up within their padding, and not counted
+            second_B = (seen_B + k).clamp_max(semantic[target].shape[1] - 1)
+            future_BD = semantic[target].gather(1, second_B[:, None, None].expand(-1, 1, prediction_KBD.shape[2]))[:, 0]
+            candidates_ND, _ = gather_rows(future_BD.float(), equal=True)
+            loss_B = cpc(prediction_KBD[k], candidates_ND, own_B, counted_N=there_N > 0.5)
+            total = total + weight / steps * counted_mean(loss_B, there_B)
     return total
-
-
-def _ahead(semantic_BTD: Tensor, valid_BT: Tensor, seen: int, steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each step ahead the vectors of all ranks [N,D], which of them exist, and which are this rank's."""
-    found = []
-    for second in range(seen, seen + steps):
-        candidates_ND, first = gather_rows(semantic_BTD[:, second].float(), equal=True)
-        there_N, _ = gather_rows(valid_BT[:, second].float(), equal=True)
-        own_B = torch.arange(first, first + len(valid_BT), device=valid_BT.device)
-        found.append((candidates_ND, there_N > 0.5, own_B))
-    return found
 
 
 def _others(y_BTS: Tensor, valid_BT: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:

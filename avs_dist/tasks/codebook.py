@@ -29,11 +29,23 @@ class CodebookTask(Task):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         losses = config.loss.unicode
-        compares = [name for name in ("cpc", "club", "align_weight") if getattr(losses, name) > 0]
+        compares = [name for name in ("cpc", "club") if getattr(losses, name) > 0]
+        if losses.align not in ("none", "cross_reconstruction") and losses.align_weight > 0:
+            compares.append("align_weight")
         if self.clips_together < 2 and compares:
             raise ValueError(
                 "train.global_batch, engine.grad_accumulation: one clip at a time leaves nothing to compare; take more "
                 f"or set {', '.join(f'loss.unicode.{name}=0' for name in compares)}"
+            )
+        if config.engine.grad_accumulation > 1:
+            raise ValueError(
+                f"engine.grad_accumulation={config.engine.grad_accumulation}: codebook and negatives of Uni-Code are "
+                "those of a whole batch; set 1, and spread train.global_batch over more ranks"
+            )
+        if config.model.compat == "published_code":
+            raise ValueError(
+                "model.compat=published_code: Uni-Code departs from its paper by settings; give --config "
+                "configs/unicode/published_code.yaml instead"
             )
         if config.data.mirror > 0:
             raise ValueError(f"data.mirror={config.data.mirror}: is for masks; set 0 with model.system=unicode")
