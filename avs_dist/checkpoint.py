@@ -41,9 +41,10 @@ def save(
     metrics: dict[str, float],
     best_by: str = "miou",
     classes: tuple[str, ...] | None = None,
+    word_vectors: str | None = None,
 ) -> Path:
     """Write the checkpoint of `step` (collective) and point last.json to it, and best.json if no other has had a higher
-    value of the metric `best_by`."""
+    value of the metric `best_by`; see `class_names` and `word_vectors` for what else is recorded."""
     root = _root(config.train.out_dir)
     final = root / f"step-{step:06d}"
     staging = root / f".{final.name}.partial"
@@ -57,7 +58,8 @@ def save(
     if world.is_main():
         save_file(weights, staging / "model.safetensors")
         (staging / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        seal(staging, config, step=step, image_size=image_size, metrics=metrics, classes=classes)
+        facts = {"image_size": image_size, "classes": classes, "word_vectors": word_vectors}
+        seal(staging, config, step=step, metrics=metrics, **facts)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
         _point(root, final, step, metrics, best_by)
@@ -187,6 +189,28 @@ def check_classes(checkpoint: str | Path, classes: tuple[str, ...] | None, shard
         index, (one, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         learnt_text, there_text = f"'{one}' as class {index}", f"'{other}'"
     raise ValueError(f"{checkpoint} was trained on {learnt_text}, the masks in {shards} have {there_text}")
+
+
+def word_vectors(checkpoint: str | Path) -> str | None:
+    """Which word vectors it was trained with, as `ShardIndex.word_vectors`; None without text, or where that was not
+    recorded."""
+    return _manifest(find_checkpoint(checkpoint)).get("word_vectors")
+
+
+def check_word_vectors(checkpoint: str | Path, index_word_vectors: str | None, shards: str) -> None:
+    """Raises ValueError where a checkpoint that reads text has learnt other word vectors than those of the shards; it
+    passes where either is not known."""
+    learnt, there = word_vectors(checkpoint), index_word_vectors
+    if learnt is None or there is None or learnt == there or not _reads_text(_config(find_checkpoint(checkpoint))):
+        return
+    raise ValueError(
+        f"{checkpoint} was trained with word vectors {learnt}, those in {shards} are {there}: build the shards with "
+        "the --word-vectors file of the pre-training's shards (hashed: without a file)"
+    )
+
+
+def _reads_text(config: Config) -> bool:
+    return config.model.system in ("unicode", "query") and "text" in config.model.unicode.modalities
 
 
 def _root(out_dir: str | Path) -> Path:

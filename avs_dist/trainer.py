@@ -47,6 +47,7 @@ def _train(config: Config, device: torch.device) -> Path:
     begin = previous or init_from
     if begin:
         checkpoint.check_classes(begin, index.classes, config.data.shards)
+    word_vectors = _word_vectors(config, index, begin)
     if init_from:
         checkpoint.load_weights(system, init_from)
     engine = Engine(system, config, device)
@@ -72,6 +73,7 @@ def _train(config: Config, device: torch.device) -> Path:
                     metrics=metrics,
                     best_by=task.best_by,
                     classes=index.classes,
+                    word_vectors=word_vectors,
                 )
     if saved is None:
         raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
@@ -88,6 +90,20 @@ def _previous_run(config: Config) -> Path | None:
             "continue with --train.resume true, or choose another folder"
         )
     return previous
+
+
+def _word_vectors(config: Config, index: ShardIndex, begin: Path | str | None) -> str | None:
+    """Those that the run learns: of its shards, or where these have no text, of the checkpoint that it builds on.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    queried = config.model.query.checkpoint if config.model.system == "query" else None
+    learnt_by = begin or queried
+    if learnt_by is None:
+        return index.word_vectors
+    checkpoint.check_word_vectors(learnt_by, index.word_vectors, config.data.shards)
+    return index.word_vectors or checkpoint.word_vectors(learnt_by)
 
 
 def _due(steps_done: int, config: Config) -> bool:

@@ -126,6 +126,8 @@ def _transfer(args: Any, settings: HeadTraining, task: Task, published: Literal[
 
     if args.events is not None and args.test_shards is None:
         raise ValueError("--events: joins the events of --shards and --test-shards; give --test-shards too")
+    if args.events is not None and not args.events.is_file():  # found now, not when all clips are encoded
+        raise FileNotFoundError(f"--events {args.events} is not a file")
     system, config = _load(args, settings)
     protocol, facts = _protocol(args, system, config, settings, published)
     measures = transfer(task, protocol, settings, args.train_on or ())
@@ -141,12 +143,12 @@ def _protocol(
     from avs_dist.downstream.events import match_events, read_events
     from avs_dist.downstream.protocol import one_data_set, two_data_sets
 
-    splits = _encode(system, config, config.data.shards, settings)
+    splits = _encode(args, system, config, config.data.shards, settings)
     facts: dict[str, Any] = {}
     if args.test_shards is None:
         protocol = one_data_set(splits, published)
     else:
-        others = _encode(system, config, args.test_shards, settings)
+        others = _encode(args, system, config, args.test_shards, settings)
         ours, theirs = (next(iter(each.values())).events for each in (splits, others))
         pairs = match_events(ours, theirs) if args.events is None else read_events(args.events, ours, theirs)
         protocol = two_data_sets(splits, others, pairs)
@@ -160,7 +162,7 @@ def _retrieve(args: Any) -> None:
     from avs_dist.downstream.retrieval import SOUND, retrieval_through_audio, table
 
     system, config = _load(args, settings)
-    splits = _encode(system, config, config.data.shards, settings, keep=(SOUND,))
+    splits = _encode(args, system, config, config.data.shards, settings, keep=(SOUND,))
     results = retrieval_through_audio(splits, config.model.unicode, settings, args.train_on or ())
     print(_heading(args, config, {}), end="\n\n")
     print(table(results))
@@ -190,12 +192,14 @@ def _load(args: Any, settings: HeadTraining) -> tuple[System, Config]:
 
 
 def _encode(
-    system: System, config: Config, shards: str, settings: HeadTraining, keep: tuple[str, ...] = ()
+    args: Any, system: System, config: Config, shards: str, settings: HeadTraining, keep: tuple[str, ...] = ()
 ) -> dict[str, CodedSplit]:
+    from avs_dist.checkpoint import check_word_vectors
     from avs_dist.downstream.coded import encode_split
     from avs_dist.shards.index import ShardIndex
 
     index = ShardIndex.load(shards)
+    check_word_vectors(args.checkpoint, index.word_vectors, shards)
     return {s: encode_split(system, config, index, s, keep=keep, device=settings.device) for s in index.splits}
 
 

@@ -85,9 +85,9 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
     """The system of a checkpoint and its config, with `shards` in place of those of the training if given.
 
     Raises:
-        ValueError: frames or classes of the shards are not those of the training.
+        ValueError: frames, classes or word vectors of the shards are not those of the training.
     """
-    from avs_dist.checkpoint import check_classes, image_size, load_system
+    from avs_dist.checkpoint import check_classes, check_word_vectors, image_size, load_system
     from avs_dist.shards.index import ShardIndex
 
     system, config = load_system(checkpoint, device)
@@ -101,6 +101,7 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
     if trained != built:
         raise ValueError(f"trained on {trained} x {trained} frames, {config.data.shards} holds {built} x {built}")
     check_classes(checkpoint, index.classes, config.data.shards)
+    check_word_vectors(checkpoint, index.word_vectors, config.data.shards)
     return system, config
 
 

@@ -26,6 +26,7 @@ from avs_dist.launch.parser import Parser
 if TYPE_CHECKING:  # heavy, see main
     import numpy as np
 
+    from avs_dist.shards.text import WordVectors
     from avs_dist.systems.base import System
 
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     system, _ = load_system(args.checkpoint, device)
     if args.samples is not None:
         set_num_samples(system, args.samples)
-    options: dict[str, Any] = {"text_WE": _ask(system, args.prompt, args.word_vectors)}
+    options: dict[str, Any] = {"text_WE": _ask(system, args)}
     size, names = image_size(args.checkpoint), class_names(args.checkpoint)
     options |= {"image_size": size, "window_s": args.window, "device": device, "class_names": names}
     for video in args.videos:
@@ -97,24 +98,36 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _ask(system: System, prompt: str | None, word_vectors: Path | None) -> np.ndarray | None:
-    """Have the words of a prompt ask, whose vectors are returned, or the sound, whatever asked in training.
+def _ask(system: System, args: Any) -> np.ndarray | None:
+    """Have the words of --prompt ask, whose vectors are returned, or the sound, whatever asked in training.
 
     Raises:
-        FileNotFoundError, ValueError: word vectors that are missing, or not for a prompt; a prompt without known words;
-            a system that answers no queries.
+        FileNotFoundError, ValueError: word vectors that are missing, not those of the training, or not for a prompt; a
+            prompt without known words; a system that answers no queries.
     """
-    from avs_dist.shards.text import WordVectors
     from avs_dist.systems.query import set_query
 
-    if prompt is not None:
+    if args.prompt is not None:
         set_query(system, "text")
-        return WordVectors.load(word_vectors).of(prompt)
-    if word_vectors is not None:
-        raise ValueError(f"--word-vectors {word_vectors}: is for --prompt")
+        return _word_vectors(args.checkpoint, args.word_vectors).of(args.prompt)
+    if args.word_vectors is not None:
+        raise ValueError(f"--word-vectors {args.word_vectors}: is for --prompt")
     if system.query is not None:
         set_query(system, "audio")
     return None
+
+
+def _word_vectors(checkpoint: str, path: Path | None) -> WordVectors:
+    """Of a file, or hashed; as in the training, where the checkpoint says what that was."""
+    from avs_dist.checkpoint import word_vectors
+    from avs_dist.shards.text import WordVectors
+
+    vectors, learnt = WordVectors.load(path), word_vectors(checkpoint)
+    if learnt not in (None, vectors.name):
+        raise ValueError(
+            f"{checkpoint} was trained with word vectors {learnt}: give that file as --word-vectors (hashed: no file)"
+        )
+    return vectors
 
 
 def _largest(seconds: list[dict[str, Any]], shown: int = 5) -> str:

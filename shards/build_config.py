@@ -66,6 +66,8 @@ class BuildConfig:
             raise ValueError(f"--prompts is for --source avsbench-s4, not {self.source}")
         if self.word_vectors is not None and self.prompts is None and self.source not in FEATURE_RULES:
             raise ValueError("--word-vectors is for features, and for clips with --prompts")
+        if self.word_vectors is not None and not self.word_vectors.is_file():
+            raise FileNotFoundError(f"--word-vectors {self.word_vectors} is not a file")
 
     @property
     def longest_s(self) -> int:

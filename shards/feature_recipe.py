@@ -32,9 +32,14 @@ def feature_recipe(config: BuildConfig) -> Recipe:
 
     Raises:
         FileNotFoundError, ValueError: If the source is not as published; see its `list_clips`.
+        ValueError: If a clip is in two splits, or there are word vectors and no prompts.
     """
     source = _SOURCES[config.source](config.root, config.longest_s)
+    _check_splits(source.jobs, config.root)
     prompted = any("prompt" in job.meta for job in source.jobs)
+    if config.word_vectors is not None and not prompted:
+        prompts = f"only vggsound-avel with its {vggsound_avel.PROMPTS} has them"
+        raise ValueError(f"--word-vectors: --source {config.source} in {config.root} has no prompts ({prompts})")
     vectors = WordVectors.load(config.word_vectors) if prompted else None
     shapes = _first_shapes(source.jobs, vectors, config.features)
 
@@ -69,6 +74,16 @@ def make_features(job: FeatureJob, vectors: WordVectors | None, dtype: str) -> F
         features = {**features, "text": vectors.of(job.meta["prompt"])}
     features = {name: _cast(array, name, dtype) for name, array in features.items()}
     return FeatureSample(job.name, features, labels, job.meta)
+
+
+def _check_splits(jobs: list[FeatureJob], root: Path) -> None:
+    splits: dict[str, str] = {}
+    for job in jobs:
+        if splits.setdefault(job.name, job.split) != job.split:
+            raise ValueError(
+                f"--root {root}: clip {job.name} is in {splits[job.name]} and in {job.split}; "
+                "a clip must be in one split, or test scores are those of training clips"
+            )
 
 
 def _cast(array: np.ndarray, name: str, dtype: str) -> np.ndarray:

@@ -122,6 +122,11 @@ class ShardIndex:
         return "prompts" in self.settings
 
     @property
+    def word_vectors(self) -> str | None:
+        """Which vectors the words of the prompts have: "hashed", or the SHA-256 of their file; None without text."""
+        return self.settings.get("word_vectors")
+
+    @property
     def clip_seconds(self) -> int:
         """Longest clip in seconds."""
         return int(self.settings["clip_seconds"])

@@ -99,7 +99,7 @@ def read_zip_array(path: Path) -> np.ndarray:
     """The array in the one file `*.pkl` of a zip archive; other members are not looked at.
 
     Raises:
-        FileNotFoundError: If there is no such archive.
+        FileNotFoundError, PermissionError: If there is no such archive, or none that may be read.
         ValueError: If it is damaged, encrypted, packed by another method than deflate, does not hold exactly one such
             file, or one that is no plain array or larger than MAX_MEMBER_BYTES.
     """
@@ -111,8 +111,10 @@ def read_zip_array(path: Path) -> np.ndarray:
             if len(found) != 1:
                 raise ValueError(f"{len(found)} files *.pkl, expected one")
             return read_array_pickle(_unpacked(archive, found[0]))
-    # RuntimeError: a password is wanted
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    # RuntimeError: a password is wanted; OSError: a damaged offset leads out of the file
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -17,6 +17,10 @@ from avs_dist.shards.files import sha256_of
 # the published models read the first ten words
 MAX_WORDS = 10
 _HASHED_DIM = 768
+_SAFETENSORS = "a tensor 'vectors' [V,E] and a JSON list of V 'words' in the metadata"
+# as safetensors names the types that NumPy has, too
+_FLOATS = ("F16", "F32", "F64")
+_WORD2VEC_HEADER = re.compile(r"\d+ \d+")
 
 
 def words_of(prompt: str) -> list[str]:
@@ -40,17 +44,17 @@ class WordVectors:
     def from_file(path: Path) -> WordVectors:
         """Read a safetensors file (tensor "vectors" [V,E], metadata "words": JSON list) or a GloVe text file.
 
-        A GloVe file has a word and its E values on each line.
+        A GloVe file has a word and its E values on each line. The first line tells E: its word has no spaces, those of
+        others may. The line of word2vec with the numbers of words and values is passed over.
 
         Raises:
             FileNotFoundError: If it is not there.
             ValueError: If it is neither, or the vectors are not finite.
         """
         vectors = dict(_read_safetensors(path) if path.suffix == ".safetensors" else _read_glove(path))
-        dims = {vector_E.shape for vector_E in vectors.values()}
-        if len(dims) != 1:
-            raise ValueError(f"{path}: expected vectors of one length, got {len(dims)} lengths")
-        return WordVectors(sha256_of(path), dims.pop()[0], vectors)
+        if not vectors:
+            raise ValueError(f"{path}: no word vectors in it")
+        return WordVectors(sha256_of(path), len(next(iter(vectors.values()))), vectors)
 
     @staticmethod
     def load(path: Path | None) -> WordVectors:
@@ -84,24 +88,51 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:
             words = json.loads((file.metadata() or {}).get("words", "null"))
+            dtype = file.get_slice("vectors").get_dtype()
+            if dtype not in _FLOATS:
+                raise ValueError(f"'vectors' holds values of type {dtype}: store them as float16 or float32")
             vectors_VE = file.get_tensor("vectors").astype(np.float32)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(words, list) or vectors_VE.ndim != 2 or len(words) != len(vectors_VE):
-        raise ValueError(f"{path}: expected a tensor 'vectors' [V,E] and a JSON list of V 'words' in the metadata")
+    # RecursionError: lists in lists
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; expected {_SAFETENSORS}") from error
+    texts = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if not texts or vectors_VE.ndim != 2 or len(words) != len(vectors_VE):
+        raise ValueError(f"{path}: expected {_SAFETENSORS}")
     if not np.isfinite(vectors_VE).all():
         raise ValueError(f"{path}: 'vectors' holds infinite values or NaN")
-    yield from zip(map(str, words), vectors_VE, strict=True)
+    yield from zip(words, vectors_VE, strict=True)
 
 
 def _read_glove(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    dim = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                word, *values = line.decode().rstrip().split(" ")
-                vector_E = np.array(values, dtype=np.float32)
+                text = line.decode().rstrip()
+                if number == 1 and _WORD2VEC_HEADER.fullmatch(text):
+                    continue
+                dim = dim or text.count(" ")
+                word, vector_E = _parse_glove(text, dim)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            if not len(vector_E) or not np.isfinite(vector_E).all():
-                raise ValueError(f"{path}, line {number}: expected a word and finite values")
             yield word, vector_E
+
+
+def _parse_glove(text: str, dim: int) -> tuple[str, np.ndarray]:
+    """The word and the last `dim` values of a line; spaces before them belong to the word."""
+    word, *values = text.rsplit(" ", max(dim, 1))
+    # a word may hold spaces, but one that ends with a number is a line of too many values
+    if not dim or len(values) != dim or (" " in word and _is_number(word.rpartition(" ")[2])):
+        raise ValueError(f"expected a word and {dim or 'its'} values, as in the first line")
+    vector_E = np.array(values, dtype=np.float32)
+    if not np.isfinite(vector_E).all():
+        raise ValueError("expected a word and finite values")
+    return word, vector_E
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

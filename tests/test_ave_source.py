@@ -81,6 +81,13 @@ def test_ave_that_does_not_fit_together(tmp_path: Path, changes: dict[str, np.nd
         built(write_ave(tmp_path / "raw", **changes), tmp_path / "out", "ave")
 
 
+def test_ave_rows_in_two_splits(tmp_path: Path):
+    root = write_ave(tmp_path / "raw", test_order=np.array([3, 0]))
+    message = "clip ave_000000 is in train and in test; a clip must be in one split, or test scores are those of train"
+    with pytest.raises(ValueError, match=message):
+        built(root, tmp_path / "out", "ave")
+
+
 def test_ave_files_of_another_kind(tmp_path: Path):
     root = write_ave(tmp_path / "raw")
     (root / "classes.txt").write_text("a\nb\n")

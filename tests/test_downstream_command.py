@@ -175,7 +175,7 @@ def test_errors_are_one_line(data, checkpoints, tmp_path, capsys, monkeypatch):
         (["--epochs", "0"], "epochs is 0"),
         (["--events", "x.csv"], "give --test-shards too"),
         (["--shards", str(tmp_path)], "not a folder of finished shards"),
-        (["--test-shards", str(data["avvp"]), "--events", str(tmp_path / "no.csv")], "no.csv"),
+        (["--test-shards", str(data["avvp"]), "--events", str(tmp_path / "no.csv")], "no.csv is not a file"),
         (["--train-on", "text"], "--train-on text: "),
     ):
         assert run("downstream", [*base, *options]) == 2
@@ -185,6 +185,13 @@ def test_errors_are_one_line(data, checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run("downstream", base) == 2
     assert "without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["classify", "localise"])
+def test_a_missing_list_of_events_is_told_before_anything_is_read(tmp_path, task, capsys):
+    folders = ["--checkpoint", str(tmp_path / "no"), "--test-shards", str(tmp_path / "no")]
+    assert run("downstream", [task, *folders, "--events", str(tmp_path / "no.csv")]) == 2
+    assert f"error: --events {tmp_path / 'no.csv'} is not a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", [[], ["classify"], ["localise"], ["retrieve"]])

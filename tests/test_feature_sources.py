@@ -235,6 +235,14 @@ def test_avvp_with_splits_and_names(tmp_path: Path):
         built(root, tmp_path / "other", "avvp")
 
 
+def test_avvp_clips_in_two_splits(tmp_path: Path):
+    root = write_avvp(tmp_path / "raw", split=True)
+    path = root / "AVVP_eval_audio_checked_combined.csv"
+    path.write_text(path.read_text().replace("12\ttrain", "12\ttest"))
+    with pytest.raises(ValueError, match=f"{root}: clip abcdefghijk_30_40 is in train and in test; a clip must be"):
+        built(root, tmp_path / "out", "avvp")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

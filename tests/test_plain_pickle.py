@@ -297,6 +297,36 @@ def test_other_zips_are_refused(tmp_path: Path):
             read_zip_array(path)
 
 
+def test_damaged_zips_raise_nothing_but_value_errors_with_their_path(tmp_path: Path):
+    path = zipped(tmp_path / "a.zip", {"a.pkl": pickle.dumps(ARRAYS["float32"])})
+    whole = path.read_bytes()
+    end = whole.index(b"PK\x05\x06")
+    path.write_bytes(whole[: end + 16] + struct.pack("<I", end + 1000) + whole[end + 20 :])  # of the directory
+    with pytest.raises(ValueError, match=f"{path}: "):
+        read_zip_array(path)
+    messages = []
+    for at in range(len(whole)):
+        for value in (0x00, 0x7F, 0xFF, whole[at] ^ 1):
+            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            try:
+                assert read_zip_array(path).dtype.kind in "fiub"
+            except ValueError as error:
+                messages.append(str(error))
+    assert len(messages) > len(whole)
+    assert all(message.startswith(f"{path}: ") for message in messages)
+
+
+def test_a_zip_that_may_not_be_read_is_not_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = zipped(tmp_path / "a.zip", {"a.pkl": pickle.dumps(ARRAYS["float32"])})
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)  # file modes do not stop the superuser
+    with pytest.raises(PermissionError, match=str(path)):
+        read_zip_array(path)
+
+
 def test_zip_bombs_are_refused(tmp_path: Path):
     bomb = zipped(tmp_path / "a.zip", {"a.pkl": bytes(MAX_MEMBER_BYTES + 1)})
     assert bomb.stat().st_size < 2**20

@@ -97,7 +97,7 @@ def test_errors_are_one_line(
         (tpavi, [], "TPAVISystem has no codebook"),
         (checkpoint, ["--out", "codes.json"], "--out codes.json: must end in .png"),
         (checkpoint, ["--split", "nope"], "nope"),
-        (checkpoint, ["--shards", str(ms3_shards)], "trained on 0 x 0 frames"),
+        (checkpoint, ["--shards", str(ms3_shards)], "was trained on features"),
     ):
         assert run("report", ["codes", "--checkpoint", str(run_folder), *options]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,18 @@ def test_vectors_of_a_file(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"dog 1 2\ncat 1\n", "vectors of one length, got 2 lengths"),
+        (b"dog 1 2\ncat 1\n", "line 2: expected a word and 2 values"),
+        (b"dog 1 2\ncat 1 2 3\n", "line 2: expected a word and 2 values"),
+        (b"dog 1 2\n\n", "line 2: expected a word and 2 values"),
+        (b". . 1 2\n", "line 1: could not convert"),
+        (b"2 2\ndog 1 2\ncat 1 x\n", "line 3: could not convert"),
+        (b"dog 1 2\n3 4\n", "line 2: expected a word and 2 values"),
         (b"dog 1 2\ncat 1 x\n", "line 2: could not convert"),
         (b"dog 1 2\ncat 1 nan\n", "line 2: expected a word and finite values"),
-        (b"dog\n", "line 1: expected a word and finite values"),
+        (b"dog\n", "line 1: expected a word and its values"),
         (b"dog 1\n\xff 1\n", "line 2: .*utf-8"),
-        (b"", "got 0 lengths"),
+        (b"", "no word vectors in it"),
+        (b"0 300\n", "no word vectors in it"),
     ],
 )
 def test_glove_files_that_make_no_sense(tmp_path: Path, content: bytes, message: str):
@@ -96,7 +103,7 @@ def test_glove_files_that_make_no_sense(tmp_path: Path, content: bytes, message:
 
 def test_safetensors_files_that_make_no_sense(tmp_path: Path):
     path, message = tmp_path / "a.safetensors", "expected a tensor 'vectors' .* of V 'words'"
-    for words in (("dog",), "dog", None):
+    for words in (("dog",), "dog", None, ("dog", 1)):
         with pytest.raises(ValueError, match=message):
             WordVectors.from_file(safetensors(path, words))
     with pytest.raises(ValueError, match=message):
@@ -113,6 +120,40 @@ def test_safetensors_files_that_make_no_sense(tmp_path: Path):
         WordVectors.from_file(tmp_path / "b.safetensors")
 
 
+@pytest.mark.parametrize(("name", "size"), [("BF16", 2), ("F8_E4M3", 1), ("F8_E5M2", 1), ("I32", 4)])
+def test_safetensors_of_other_types(tmp_path: Path, name: str, size: int):
+    tensor = {"dtype": name, "shape": [2, 3], "data_offsets": [0, 6 * size]}
+    header = json.dumps({"__metadata__": {"words": '["dog", "sounds"]'}, "vectors": tensor}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(6 * size))
+    with pytest.raises(ValueError, match=f"{path}: .*type {name}: store them as float16 or float32"):
+        WordVectors.from_file(path)
+
+
+def test_safetensors_with_nested_words(tmp_path: Path):
+    path, zeros = tmp_path / "a.safetensors", np.zeros((2, 3), np.float32)
+    for depth in (500, 10**6):
+        save_file({"vectors": zeros}, path, metadata={"words": "[" * depth + "]" * depth})
+        with pytest.raises(ValueError, match=f"{path}: .*expected a tensor 'vectors' .* a JSON list of V 'words'"):
+            WordVectors.from_file(path)
+
+
+def test_glove_words_with_spaces_and_the_header_of_word2vec(tmp_path: Path):
+    path = tmp_path / "glove.txt"
+    lines = ("dog 1 2 3.5", ". . . 0.1 0.2 0.3", "to name@domain.com -1 0 1e-3 ", "7 4 5 6", "sounds 7 8 9")
+    for header in ("", "5 3\n", "5 3 \n"):
+        path.write_text(header + "\n".join(lines))
+        vectors = WordVectors.from_file(path)
+        assert vectors.dim == 3
+        assert vectors.vectors is not None
+        assert list(vectors.vectors) == ["dog", ". . .", "to name@domain.com", "7", "sounds"]
+        np.testing.assert_array_equal(
+            np.stack(list(vectors.vectors.values())),
+            np.array([[1, 2, 3.5], [0.1, 0.2, 0.3], [-1, 0, 1e-3], [4, 5, 6], [7, 8, 9]], np.float32),
+            strict=True,
+        )
+
+
 def test_word_vectors_of_features(tmp_path: Path):
     path = glove(tmp_path / "glove.txt")
     config = BuildConfig("vggsound-avel", write_avel(tmp_path / "raw"), tmp_path / "out", word_vectors=path)
@@ -121,6 +162,17 @@ def test_word_vectors_of_features(tmp_path: Path):
     assert index.settings["word_vectors"] == hashlib.sha256(path.read_bytes()).hexdigest()
     sample = next(ClipReader(index, "train").samples([0]))
     np.testing.assert_array_equal(sample.features["text"], np.array([[1, 2, 3.5], [-1, 0, 1e-3]], np.float16))
+
+
+def test_word_vectors_without_prompts_or_a_file(tmp_path: Path):
+    root, path = write_avel(tmp_path / "raw", prompts=False), glove(tmp_path / "glove.txt")
+    message = f"--word-vectors: --source vggsound-avel in {root} has no prompts .*vggsoundCategories2Prompts.csv"
+    with pytest.raises(ValueError, match=message):
+        build(BuildConfig("vggsound-avel", root, tmp_path / "out", word_vectors=path), progress=False)
+    for missing in (tmp_path / "no.txt", tmp_path):
+        for source, prompts in (("vggsound-avel", None), ("avsbench-s4", "sentence")):
+            with pytest.raises(FileNotFoundError, match=f"--word-vectors {missing} is not a file"):
+                BuildConfig(source, root, tmp_path / "out", word_vectors=missing, prompts=prompts)
 
 
 @pytest.fixture(scope="module")

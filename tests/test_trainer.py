@@ -17,6 +17,7 @@ from avs_dist.launch.train import parse_config
 from avs_dist.loader import train_batches
 from avs_dist.shards.index import ShardIndex
 from avs_dist.systems import build_system
+from avs_dist.tasks import build_task
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 2
@@ -78,9 +79,9 @@ def test_clips_are_mirrored_with_the_draws_of_their_step(ms3_shards, tmp_path, m
     config = tiny(ms3_shards, tmp_path, 0.5, *more)
     (clip, _), _ = train_batches(config, ShardIndex.load(config.data.shards), 0)
     clip.labelled_BT[:, -1] = False
-    turned = []
+    task, turned = build_task(config), []
     for step in range(8):
-        got, want = trainer._augment(clip, step, config), by_hand(clip, step, config)
+        got, want = task.augment(clip, step), by_hand(clip, step, config)
         assert torch.equal(got.frames_BTCHW, want.frames_BTCHW)
         assert torch.equal(got.masks_BTHW, want.masks_BTHW)
         turned.append((got.frames_BTCHW != clip.frames_BTCHW).flatten(2).any(2))
@@ -95,4 +96,4 @@ def test_one_clip_at_a_time_cannot_be_contrasted(ms3_shards, tmp_path):
     alone = ("--model.system", "diffusion", "--train.global_batch", "2")
     with pytest.raises(ValueError, match="nothing to contrast"):
         trainer.train(tiny(ms3_shards, tmp_path / "run", 0.0, *alone))
-    trainer._check_batch(tiny(ms3_shards, tmp_path / "run", 0.0, *alone, "--loss.diffusion.contrastive", "0"))
+    build_task(tiny(ms3_shards, tmp_path / "run", 0.0, *alone, "--loss.diffusion.contrastive", "0"))

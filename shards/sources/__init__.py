@@ -59,7 +59,7 @@ FeatureArrays = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 class FeatureJob:
     """One clip of stored features, still to be read.
 
-    name:  Unique within its split.
+    name:  Unique in all splits.
     split: "train", "val" or "test".
     files: What it is read from; the first is named when it fails.
     read:  Reads it; raises ValueError or OSError, naming the file, where that cannot be done.
