@@ -3,6 +3,7 @@
     avs-dist ablations                                     Tables 2-6 of ECMVAE; about 15 minutes on 2 free CPU cores
     avs-dist ablations --paper diffusion                   Tables III-VIII of contrastive latent diffusion
     avs-dist ablations --paper unicode --tables 1 2 fig3   Tables 1-3 and Fig. 3 of Uni-Code
+    avs-dist ablations --paper unicode --tables transfer   its four rows that tell most, in minutes
     avs-dist ablations --tables 5 --steps 1000 --out runs/table5
 
 Every row is the base configs plus small files of configs/ecmvae, configs/diffusion or configs/unicode; rows that stand
@@ -47,8 +48,8 @@ def build_parser() -> Parser:
         type=int | str,
         nargs="+",
         default=None,
-        help="of the paper: 2 to 6 of ECMVAE, 3 to 8 (Table III to VIII) of diffusion, 1 to 3 and fig3 of unicode "
-        "(default: all)",
+        help="of the paper: 2 to 6 of ECMVAE, 3 to 8 (Table III to VIII) of diffusion, 1 to 3, transfer and fig3 of "
+        "unicode (default: all)",
     )
     parser.add_argument(
         "--config",

@@ -230,8 +230,8 @@ def test_the_command_of_a_row_composes_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tables", "5"], "--tables 5: of Uni-Code there are 1 to 3 and fig3"),
-        (["--tables", "1", "fig4"], "--tables fig4: of Uni-Code there are 1 to 3 and fig3"),
+        (["--tables", "5"], "--tables 5: of Uni-Code there are 1 to 3, transfer, fig3"),
+        (["--tables", "1", "fig4"], "--tables fig4: of Uni-Code there are 1 to 3, transfer, fig3"),
         (["--size", "64"], "--size 64: Uni-Code trains on features, which have no size in pixels"),
     ],
 )

@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Paper:
-    """Tables by number, figures by name ("fig3"), and the files of configs/ that run them.
+    """Tables by number, figures and selections by name ("fig3"), and the files of configs/ that run them.
 
     base:         Files that every row starts from, at toy scale.
     overlays:     Folder of the files that variants name.
@@ -47,16 +47,17 @@ class Paper:
     roman: bool = False
 
     def name(self, key: int | str) -> str:
-        """The table or figure as the paper calls it."""
+        """The table or figure as the paper calls it, or the selection."""
         if isinstance(key, str):
-            return f"Fig. {key.removeprefix('fig')}"
+            return f"Fig. {key.removeprefix('fig')}" if key.startswith("fig") else key.capitalize()
         return f"Table {_ROMAN[key - 1] if self.roman else key}"
 
     @property
     def known(self) -> str:
         """Keys of the tables, as a person would say it."""
         numbers = [key for key in self.tables if isinstance(key, int)]
-        return " and ".join([f"{numbers[0]} to {numbers[-1]}", *(key for key in self.tables if isinstance(key, str))])
+        names = [key for key in self.tables if isinstance(key, str)]
+        return ", ".join([f"{numbers[0]} to {numbers[-1]}", *names])
 
     def files(self, variant: str) -> list[str]:
         """What a variant puts after the base, below configs/."""

@@ -59,6 +59,15 @@ UNICODE = Paper(
                 Row("nothing", "avt", None),  # not in the text of the paper
             ),
         ),
+        "transfer": Table(
+            "what transfers, of Tables 1 and 2",
+            (
+                Row("baseline", "baseline", (5.5, 5.4)),
+                Row("Uni-Code without Cross-CPC", "no_cpc", (5.2, 7.1)),
+                Row("Uni-Code without MM-EMA", "no_mm_ema", NO_MM_EMA),
+                Row("Uni-Code", FULL, UNI_CODE),
+            ),
+        ),
         "fig3": Table(
             "size of the codebook (sizes of ours)",
             tuple(Row(f"L = {size}", f"codes_{size}", None) for size in (64, 128, 256, 512, 1024)),
