@@ -112,11 +112,10 @@ def backend() -> str:
     return _backend
 
 
-def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(tensor: Tensor) -> torch.autocast:
     """Context in which autocast does not reach the small products beside the kernels: they stay in float32."""
-    if not torch.amp.is_autocast_available(tensor.device.type):
-        return contextlib.nullcontext()  # such as the meta device
-    return torch.autocast(tensor.device.type, enabled=False)
+    # the meta device has no autocast; no other form of this is understood by torch.compile
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
 def without_autocast(backward: Backward) -> Backward:
