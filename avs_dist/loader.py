@@ -34,7 +34,7 @@ def train_batches(config: Config, index: ShardIndex, start_step: int) -> Iterato
         num_steps=config.train.max_steps - start_step,
         collate=_collate(config, index),
     )
-    batches = iter(_loader(stream, config))
+    batches = iter(data_loader(stream, config.data.workers))
     for _ in range(start_step, config.train.max_steps):
         yield [next(batches) for _ in range(config.engine.grad_accumulation)]
 
@@ -58,7 +58,7 @@ def eval_loader(
         collate=_collate(config, index),
         audio=audio,
     )
-    return _loader(stream, config)
+    return data_loader(stream, config.data.workers)
 
 
 def _collate(config: Config, index: ShardIndex) -> Callable[[list[Any]], Any]:
@@ -78,12 +78,13 @@ def sequence_collate(config: UnicodeConfig, index: ShardIndex) -> Callable[[list
     return partial(collate_features, shapes=config.shapes, num_steps=num_steps, num_events=len(index.events))
 
 
-def _loader(stream: IterableDataset[Any], config: Config) -> DataLoader[Any]:
+def data_loader(stream: IterableDataset[Any], workers: int) -> DataLoader[Any]:
+    """Batches of a stream, decoded by so many processes; 0 decodes in this one."""
     # the stream is already split over ranks and workers and yields whole batches
     return DataLoader(
         stream,
         batch_size=None,
-        num_workers=config.data.workers,
-        prefetch_factor=2 if config.data.workers else None,
-        multiprocessing_context="spawn" if config.data.workers else None,
+        num_workers=workers,
+        prefetch_factor=2 if workers else None,
+        multiprocessing_context="spawn" if workers else None,
     )

@@ -33,5 +33,5 @@ def pairing_score(one_ND: Tensor, other_ND: Tensor) -> float:
 
 
 def mean_code(quantised_BTD: Tensor, valid_BT: Tensor) -> Tensor:
-    """Mean code of the steps of each clip that exist, [B,D]."""
+    """Mean code, or other vector, of the steps of each clip that exist, [B,D]; zero where a clip has none."""
     return (quantised_BTD * valid_BT[..., None]).sum(1) / valid_BT.sum(1, keepdim=True).clamp_min(1)

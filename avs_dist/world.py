@@ -119,6 +119,18 @@ def gather_rows(value_MC: Tensor, equal: bool = False) -> tuple[Tensor, int]:
     return all_reduce_sum(torch.cat([before, value_MC, after])), first
 
 
+def gather_candidates(value_MC: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of all ranks in rank order, with gradient, and the index of each row of this rank among them [M]; all ranks
+    have the same M."""
+    all_NC, first = gather_rows(value_MC, equal=True)
+    return all_NC, torch.arange(first, first + len(value_MC), device=value_MC.device)
+
+
+def gather_flags(flag_M: Tensor) -> Tensor:
+    """Flags (bool) of all ranks in rank order; all ranks have the same M."""
+    return gather_rows(flag_M.float(), equal=True)[0] > 0.5
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Plain Python `value` of every rank, in rank order, on every rank."""
     if world_size() == 1:

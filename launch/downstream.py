@@ -61,15 +61,12 @@ query is. Prompts that many clips share count as equal, so that with text R@k st
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="avs-dist downstream", description=__doc__)
-    tasks = parser.add_subcommands(required=True, dest="task")
-    for name, task, text in (
+    tasks = (
         ("classify", _transfer_parser(CLASSIFY_HELP, 30), "the event of a clip"),
         ("localise", _transfer_parser(LOCALISE_HELP, 50), "the events of each second"),
         ("retrieve", _parser(RETRIEVE_HELP, 30), "sound by text or picture, and the other way round"),
-    ):
-        tasks.add_subcommand(name, task, help=text)
-        task.prog = f"avs-dist downstream {name}"  # errors and help then name the command as it is typed
-        task.usage = f"{task.prog} [options]"
+    )
+    parser.add_commands("task", tasks)
     args = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("heads are trained on one process: run it without torchrun or deepspeed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jsonargparse
@@ -23,6 +23,21 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _HelpFormatter)
         kwargs.setdefault("usage", f"{kwargs.get('prog')} [options]")
         super().__init__(*args, **kwargs)
+
+    def add_commands(
+        self, dest: str, commands: Iterable[tuple[str, Parser, str]], operands: Mapping[str, str] | None = None
+    ) -> None:
+        """Subcommands of which one must be given: name, parser and one line of help of each.
+
+        Args:
+            dest: where the name of the one that was given will stand.
+            operands: what follows a command's name in its usage, where that is not "[options]".
+        """
+        subcommands = self.add_subcommands(required=True, dest=dest)
+        for name, command, text in commands:
+            subcommands.add_subcommand(name, command, help=text)
+            command.prog = f"{self.prog} {name}"  # errors and help then name the command as it is typed
+            command.usage = f"{command.prog} {(operands or {}).get(name, '[options]')}"
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         args = sys.argv[1:] if args is None else args

@@ -43,15 +43,12 @@ the shares of the codes in use, the share of seconds in which modalities have on
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="avs-dist report", description=__doc__)
-    reports = parser.add_subcommands(required=True, dest="report")
-    for name, report, text in (
+    reports = (
         ("latents", _latents_parser(), "the latent codes of the frames of a split, by t-SNE"),
         ("denoising", _denoising_parser(), "the scores over the number of denoising steps"),
         ("codes", _parser(CODES_HELP, out="codes.png"), "which modalities choose each code of a shared codebook"),
-    ):
-        reports.add_subcommand(name, report, help=text)
-        report.prog = f"avs-dist report {name}"  # errors and help then name the command as it is typed
-        report.usage = f"{report.prog} [options]"
+    )
+    parser.add_commands("report", reports)
     args = parser.parse_args(argv)
     {"latents": _latents, "denoising": _denoising, "codes": _codes}[args.report](args[args.report])
     return 0

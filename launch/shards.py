@@ -42,17 +42,14 @@ it stopped.
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="avs-dist shards", description=__doc__)
-    actions = parser.add_subcommands(required=True, dest="action")
     verify_help = "check checksums, offsets and every member; exit 1 on damage"
     info_help = "print what a folder of shards holds"
-    for name, action, text in (
+    actions = (
         ("build", _build_parser(), "turn raw clips into shards"),
         ("verify", _folder_parser(verify_help), verify_help),
         ("info", _folder_parser(info_help), info_help),
-    ):
-        actions.add_subcommand(name, action, help=text)
-        action.prog = f"avs-dist shards {name}"  # errors and help then name the command as it is typed
-        action.usage = f"{action.prog} {'[options]' if name == 'build' else 'DIR'}"
+    )
+    parser.add_commands("action", actions, operands={"verify": "DIR", "info": "DIR"})
     arguments = parser.parse_args(argv)
     options = arguments[arguments.action]
     if arguments.action == "build":

@@ -21,7 +21,7 @@ class ReadsInBackward(torch.autograd.Function):
         return grad * float(grad.sum())
 
 
-@torch.library.custom_op("avs_dist::test_reads_inside", mutates_args=())
+@torch.library.custom_op("avs_dist::test_waits", mutates_args=())
 def reads_inside(x: Tensor) -> Tensor:
     return x * x.sum().item()
 

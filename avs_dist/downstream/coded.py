@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from avs_dist.config import Config
+from avs_dist.loader import data_loader
 from avs_dist.sequences import Sequences, collate_features
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.pipeline import EvalStream
@@ -135,11 +135,10 @@ def encode_split(
         collate=partial(_collate, shapes=shapes, num_steps=index.clip_seconds, num_events=len(index.events)),
     )
     workers = config.data.workers if len(stream) > FEW_BATCHES else 0
-    loader: DataLoader[Any] = DataLoader(
-        stream, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None
-    )
     parts = []
-    for (batch, labelled), positions in tqdm(loader, desc=f"encode {split}", unit="batch", leave=False):
+    for (batch, labelled), positions in tqdm(
+        data_loader(stream, workers), desc=f"encode {split}", unit="batch", leave=False
+    ):
         encoded = encoder.encode(batch.to(device))
         part = CodedSplit(
             {m: each.quantised_BTD.cpu() for m, each in encoded.items()},

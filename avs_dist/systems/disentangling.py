@@ -13,7 +13,7 @@ from avs_dist.config import Config
 from avs_dist.losses.information import club, club_sampled, cpc
 from avs_dist.modules.conditional_gaussian import ConditionalGaussian
 from avs_dist.modules.cross_cpc import CrossPredictor
-from avs_dist.world import all_reduce_sum, counted_mean, gather_rows
+from avs_dist.world import all_reduce_sum, counted_mean, gather_candidates, gather_flags, gather_rows
 
 SHARES = 2**20  # a random second is a random one of so many parts of a clip, whatever its length
 
@@ -83,14 +83,13 @@ def cpc_loss(
     ):
         weight = config.loss.unicode.cpc_self if source == target else 1.0
         there_B = length_B > steps
-        there_N, first = gather_rows(there_B.float(), equal=True)
-        own_B = torch.arange(first, first + len(there_B), device=there_B.device)
+        there_N = gather_flags(there_B)
         for k in range(steps):
             # clips that end before are looked up within their padding, and not counted
             second_B = (seen_B + k).clamp_max(semantic[target].shape[1] - 1)
             future_BD = semantic[target].gather(1, second_B[:, None, None].expand(-1, 1, prediction_KBD.shape[2]))[:, 0]
-            candidates_ND, _ = gather_rows(future_BD.float(), equal=True)
-            loss_B = cpc(prediction_KBD[k], candidates_ND, own_B, counted_N=there_N > 0.5)
+            candidates_ND, own_B = gather_candidates(future_BD.float())
+            loss_B = cpc(prediction_KBD[k], candidates_ND, own_B, counted_N=there_N)
             total = total + weight / steps * counted_mean(loss_B, there_B)
     return total
 
@@ -98,10 +97,10 @@ def cpc_loss(
 def _others(y_BTS: Tensor, valid_BT: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """The vectors of another clip of any rank for each clip, and which of its seconds exist."""
     all_NTS, first = gather_rows(y_BTS, equal=True)
-    there_NT, _ = gather_rows(valid_BT.float(), equal=True)
+    there_NT = gather_flags(valid_BT)
     order = np.random.default_rng([seed, step, len(all_NTS)]).permutation(len(all_NTS))
     # from each to the next of a random order: never to itself
     following = np.empty_like(order)
     following[order] = np.roll(order, -1)
     other_B = torch.from_numpy(following[first : first + len(y_BTS)]).to(y_BTS.device, non_blocking=True)
-    return all_NTS[other_B], there_NT[other_B] > 0.5
+    return all_NTS[other_B], there_NT[other_B]

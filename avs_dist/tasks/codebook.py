@@ -110,7 +110,7 @@ class CodebookTask(Task):
 
 
 def _pairing(means: dict[str, list[Tensor]], counted_N: Tensor) -> float:
-    everywhere_N = world.gather_rows(counted_N.float(), equal=True)[0] > 0.5
+    everywhere_N = world.gather_flags(counted_N)
     vectors = {m: world.gather_rows(torch.cat(each), equal=True)[0][everywhere_N] for m, each in means.items()}
     scores = [pairing_score(vectors[one], vectors[other]) for one, other in combinations(vectors, 2)]
     return sum(scores) / len(scores)
