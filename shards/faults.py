@@ -1,0 +1,33 @@
+"""What can be wrong with one clip of a shard: a kind that is counted, and a message that a person reads."""
+
+from __future__ import annotations
+
+KINDS = {
+    "unreadable": "the shard is missing, cannot be opened or fetched, or is no plain file",
+    "truncated": "the shard ends before the clip does",
+    "checksum": "the bytes are not those that were written",
+    "tar": "not a plain tar segment of this clip: links, devices, foreign names, broken headers",
+    "oversize": "a member or picture is larger than readers accept",
+    "member": "a member is missing or stands twice",
+    "schema": "the facts (json) are unusable or of another schema version",
+    "picture": "a frame or mask cannot be decoded, or has another mode than it should",
+    "mask": "a mask has another size than the frames, or a class that does not exist",
+    "array": "an array is damaged, or has another type or shape than it should",
+    "not_finite": "an array holds NaN or infinite values",
+    "video": "the video member cannot be decoded, or not in time",
+}
+
+
+class ClipFault(ValueError):
+    """One clip cannot be used.
+
+    kind: one of KINDS.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        assert kind in KINDS, kind
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[ClipFault], tuple[str, str]]:
+        return type(self), (self.kind, str(self))
