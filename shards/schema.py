@@ -41,6 +41,7 @@ class Sample:
     labelled_T:  bool, which frames carry a mask.
     meta:        JSON facts: category, sound ("ok" | "silent" | "none"), fps, original size, source ...
     text_WE:     float32 vectors of the prompt's words, for clips that have one.
+    audio_TD:    float32 [T,128], what a frozen audio encoder makes of mel_TFM, in shards that have it stored.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Sample:
     labelled_T: np.ndarray
     meta: dict[str, Any] = field(default_factory=dict)
     text_WE: np.ndarray | None = None
+    audio_TD: np.ndarray | None = None
 
     @property
     def seconds(self) -> int:
