@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +28,13 @@ class Store(Protocol):
         """
         ...
 
-    def upcoming(self, shards: Sequence[ShardEntry]) -> None:
-        """These shards are wanted next, in this order; a store that fetches them may begin."""
+    def upcoming(self, shards: Iterator[ShardEntry]) -> None:
+        """These shards are wanted next, in this order (without end, and again and again); a store that fetches them may
+        begin, and takes no more from the iterator than it needs."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
         ...
 
 
@@ -42,8 +47,11 @@ class LocalStore:
     def read(self, shard: ShardEntry, offset: int, length: int) -> memoryview:
         return read_range(self._directory / shard.name, offset, length)
 
-    def upcoming(self, shards: Sequence[ShardEntry]) -> None:
+    def upcoming(self, shards: Iterator[ShardEntry]) -> None:
         """Nothing: the kernel reads ahead."""
+
+    def close(self) -> None:
+        """Nothing is kept open."""
 
 
 def read_range(path: Path, offset: int, length: int) -> memoryview:
