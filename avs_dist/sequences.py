@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avs_dist.clip import normalise_frames
+from avs_dist.clip import collate_audio, on_device, pad
 from avs_dist.shards.schema import FeatureSample, Sample
 
 
@@ -19,28 +19,32 @@ class Sequences:
 
     Features come in the precision they are stored in; `to` makes them what a system computes with.
 
-    inputs: float by modality: "visual" [B,T,h,w,C] features or [B,T,3,H,W] frames, "audio" [B,T,C] features or
-            [B,T,96,64] log-mel, "text" [B,T,C].
+    inputs: float by modality: "visual" [B,T,h,w,C] features or [B,T,3,H,W] frames (uint8 RGB until `to`), "audio"
+            [B,T,C] features or [B,T,96,64] log-mel, "text" [B,T,C].
     valid:  bool [B,T] by modality, which steps exist; the existing ones come first.
     labels: uint8 [B,T,K] by modality, 1 where an event happens; empty where nothing is labelled.
     key:    clip names.
+    audio_BTD: float [B,T,128], what a frozen audio encoder makes of the log-mel, where all clips have it stored.
     """
 
     inputs: dict[str, Tensor]
     valid: dict[str, Tensor]
     labels: dict[str, Tensor]
     key: tuple[str, ...]
+    audio_BTD: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.key)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Sequences:
-        """Copy on `device`; the inputs in `dtype`."""
+        """Copy on `device`; the inputs in `dtype`, frames normalised."""
+        audio_BTD = None if self.audio_BTD is None else self.audio_BTD.to(device, dtype, non_blocking=True)
         return replace(
             self,
-            inputs={m: x.to(device, dtype, non_blocking=True) for m, x in self.inputs.items()},
+            inputs={m: on_device(x, self.valid[m], device, dtype) for m, x in self.inputs.items()},
             valid={m: x.to(device, non_blocking=True) for m, x in self.valid.items()},
             labels={m: x.to(device, non_blocking=True) for m, x in self.labels.items()},
+            audio_BTD=audio_BTD,
         )
 
 
@@ -62,10 +66,10 @@ def collate_features(
         for sample, value in zip(samples, found, strict=True):
             if value.shape[1:] != tuple(shape):
                 raise ValueError(f"clip {sample.name}: {modality} features are {value.shape[1:]}, expected {shape}")
-        inputs[modality], valid[modality] = _padded(found, num_steps)
+        inputs[modality], valid[modality] = pad(found, num_steps)
     for modality in dict.fromkeys(m for sample in samples for m in sample.labels):
         empty = np.zeros((0, num_events), np.uint8)
-        labels[modality], _ = _padded([sample.labels.get(modality, empty) for sample in samples], num_steps)
+        labels[modality], _ = pad([sample.labels.get(modality, empty) for sample in samples], num_steps)
     return Sequences(inputs, valid, labels, tuple(sample.name for sample in samples))
 
 
@@ -79,13 +83,14 @@ def collate_media(samples: Sequence[Sample], *, num_steps: int, text_channels: i
         ValueError: a clip without a prompt, or with other word vectors, where prompts are wanted.
     """
     inputs, valid = {}, {}
-    frames = [normalise_frames(sample.frames_THWC).numpy() for sample in samples]
-    inputs["visual"], valid["visual"] = _padded(frames, num_steps)
-    inputs["audio"], valid["audio"] = _padded([sample.mel_TFM for sample in samples], num_steps)
+    frames_BTHWC, valid["visual"] = pad([sample.frames_THWC for sample in samples], num_steps)
+    inputs["visual"] = frames_BTHWC.permute(0, 1, 4, 2, 3)
+    inputs["audio"], valid["audio"] = pad([sample.mel_TFM for sample in samples], num_steps)
     if text_channels is not None:
         words = [_words(sample, text_channels) for sample in samples]
-        inputs["text"], valid["text"] = _padded(words, num_steps)
-    return Sequences(inputs, valid, {}, tuple(sample.name for sample in samples))
+        inputs["text"], valid["text"] = pad(words, num_steps)
+    names = tuple(sample.name for sample in samples)
+    return Sequences(inputs, valid, {}, names, collate_audio(samples, num_steps))
 
 
 def _words(sample: Sample, channels: int) -> np.ndarray:
@@ -97,13 +102,3 @@ def _words(sample: Sample, channels: int) -> np.ndarray:
             f"model.unicode.text_channels={channels}"
         )
     return sample.text_WE
-
-
-def _padded(values: Sequence[np.ndarray], num_steps: int) -> tuple[Tensor, Tensor]:
-    """[B,num_steps,...] in the type of the first, and which steps exist."""
-    out = np.zeros((len(values), num_steps, *values[0].shape[1:]), dtype=values[0].dtype)
-    valid = np.zeros((len(values), num_steps), dtype=bool)
-    for row, value in enumerate(values):
-        length = min(len(value), num_steps)
-        out[row, :length], valid[row, :length] = value[:length], True
-    return torch.from_numpy(out), torch.from_numpy(valid)

@@ -108,7 +108,6 @@ def _results(out: Path) -> dict[str, dict[str, float]]:
 
 def _report(plan: Plan, out: Path, run_dir: Path, results: dict[str, dict[str, float]], overlay: Path) -> None:
     from avs_dist.checkpoint import load_system
-    from avs_dist.clip import denormalise_frames
     from avs_dist.config import to_dict
     from avs_dist.loader import eval_loader
     from avs_dist.report import Panel, read_records, write_report
@@ -116,9 +115,11 @@ def _report(plan: Plan, out: Path, run_dir: Path, results: dict[str, dict[str, f
     system, config = load_system(run_dir)
     panels = []
     for clip, _ in itertools.islice(eval_loader(config, "test", batch_size=1), PANELS):
-        frames = denormalise_frames(clip.frames_BTCHW[0])
-        probability = system.predict(clip).probabilities_BTHW[0].numpy()
-        panels.append(Panel(clip.key[0], frames, clip.masks_BTHW[0].numpy(), probability, clip.mel_BTFM[0].numpy()))
+        frames_THWC = clip.frames_BTCHW[0].permute(0, 2, 3, 1).numpy()
+        probability = system.predict(clip.to("cpu")).probabilities_BTHW[0].numpy()
+        panels.append(
+            Panel(clip.key[0], frames_THWC, clip.masks_BTHW[0].numpy(), probability, clip.mel_BTFM[0].numpy())
+        )
     write_report(
         out / "report.html",
         title="Which pixels make the sound?",

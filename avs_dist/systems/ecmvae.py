@@ -111,7 +111,7 @@ class ECMVAESystem(System):
         """Distributions of the codes, prior and (of a VAE) posterior, in eval mode without gradient."""
         with self.evaluating():
             exist = Existing(clip.valid_BT)
-            seen = Seen(exist, exist.select(clip.frames_BTCHW), [], self.trunk.hear(clip, exist))
+            seen = Seen(exist, exist.select(clip.normalised_BTCHW), [], self.trunk.hear(clip, exist))
             codes = (self._prior_codes(seen), self._posterior_codes(clip, seen) if self.posterior is not None else {})
             return LatentCodes(*({name: _restore(d, exist) for name, d in each.items()} for each in codes))
 

@@ -104,7 +104,7 @@ class Generator(nn.Module):
 
 def see_and_hear(trunk: Trunk, clip: Clip) -> Seen:
     exist = Existing(clip.valid_BT)
-    return Seen(exist, exist.select(clip.frames_BTCHW), trunk.see(clip, exist), trunk.hear(clip, exist))
+    return Seen(exist, exist.select(clip.normalised_BTCHW), trunk.see(clip, exist), trunk.hear(clip, exist))
 
 
 def posterior_pictures(clip: Clip, seen: Seen, num_classes: int) -> Tensor:

@@ -65,7 +65,7 @@ class QuerySystem(System):
     def _paint(self, clip: Clip, query: Query) -> tuple[Seen, Masks]:
         codes_BTD = self.encoder(clip, query)
         exist = Existing(clip.valid_BT)
-        seen = Seen(exist, exist.select(clip.frames_BTCHW), self.trunk.see(clip, exist), codes_BTD)
+        seen = Seen(exist, exist.select(clip.normalised_BTCHW), self.trunk.see(clip, exist), codes_BTD)
         return seen, self.generator.paint(self.trunk, seen, self.generator.prepare(self.trunk, seen))
 
 

@@ -13,7 +13,7 @@ from avs_dist.config import Config, to_dict
 from avs_dist.modules.audio import AUDIO_CHANNELS, build_audio_encoder
 from avs_dist.pairing import mean_code
 from avs_dist.sequences import Sequences
-from avs_dist.systems.base import Encoded, Query
+from avs_dist.systems.base import Query
 from avs_dist.systems.trunk import Existing
 from avs_dist.systems.unicode import UnicodeSystem
 
@@ -58,14 +58,17 @@ class QueryEncoder(nn.Module):
             ValueError: text is to ask, and clips have none or other word vectors.
         """
         codes_BTD = self._words(clip) if query == "text" else self._sound(clip)
-        return codes_BTD.to(clip.frames_BTCHW.dtype)
+        return codes_BTD.to(clip.normalised_BTCHW.dtype)
 
     def _sound(self, clip: Clip) -> Tensor:
         sound = clip.mel_BTFM
-        if self.audio_encoder is not None:
+        if self.audio_encoder is not None and clip.audio_BTD is not None:
+            sound = clip.audio_BTD
+        elif self.audio_encoder is not None:
             exist = Existing(clip.valid_BT)
             sound = exist.restore(self.audio_encoder(exist.select(sound)))
-        return self._encode("audio", sound, clip.valid_BT, clip.key).quantised_BTD
+        batch = Sequences({"audio": sound}, {"audio": clip.valid_BT}, {}, clip.key, clip.audio_BTD)
+        return self.unicode.encode(batch)["audio"].quantised_BTD
 
     def _words(self, clip: Clip) -> Tensor:
         if clip.text_BWE is None or clip.text_valid_BW is None:
@@ -75,12 +78,9 @@ class QueryEncoder(nn.Module):
                 f"clip {clip.key[0]}: word vectors have {clip.text_BWE.shape[2]} numbers, Uni-Code has learnt "
                 f"model.unicode.text_channels={self.text_channels}; build shards with the --word-vectors of its shards"
             )
-        coded = self._encode("text", clip.text_BWE, clip.text_valid_BW, clip.key)
+        batch = Sequences({"text": clip.text_BWE}, {"text": clip.text_valid_BW}, {}, clip.key)
+        coded = self.unicode.encode(batch)["text"]
         return mean_code(coded.quantised_BTD, coded.valid_BT)[:, None] * clip.valid_BT[..., None]
-
-    def _encode(self, modality: str, value: Tensor, valid_BT: Tensor, key: tuple[str, ...]) -> Encoded:
-        batch = Sequences({modality: value}, {modality: valid_BT}, {}, key)
-        return self.unicode.encode(batch)[modality]
 
 
 def _check(config: Config) -> None:

@@ -82,12 +82,14 @@ class Trunk(nn.Module):
 
     def see(self, clip: Clip, exist: Existing) -> list[Tensor]:
         """Feature maps of the four stages [N,C_s,h,w]."""
-        return self.backbone(exist.select(clip.frames_BTCHW))
+        return self.backbone(exist.select(clip.normalised_BTCHW))
 
     def hear(self, clip: Clip, exist: Existing) -> Tensor | None:
-        """One vector a second [B,T,128]; None where nothing listens."""
+        """One vector a second [B,T,128]; None where nothing listens. A stored one saves the encoder the work."""
         if self.audio_encoder is None:
             return None
+        if clip.audio_BTD is not None:
+            return clip.audio_BTD
         return exist.restore(self.audio_encoder(exist.select(clip.mel_BTFM)))
 
     def interact(self, stage: int, tokens_NCHW: Tensor, audio_BTD: Tensor | None, exist: Existing) -> Tensor:

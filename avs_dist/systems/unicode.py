@@ -130,7 +130,7 @@ class UnicodeSystem(System):
         inputs, semantic, private = {}, {}, {}
         for m in modalities:
             valid_BT = clip.valid[m]
-            inputs[m] = self.inputs(m, clip.inputs[m], valid_BT)
+            inputs[m] = self.inputs(m, clip)
             features_BTF = self._network(m).semantic_features(inputs[m].features, valid_BT)
             encoder = self.encoders["shared" if self.config.model.unicode.shared_encoder else m]
             semantic[m] = encoder(self.projections[m](features_BTF), valid_BT)

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avs_dist.clip import require_normalised
 from avs_dist.config import ModelConfig
 from avs_dist.modules.audio import AUDIO_CHANNELS, build_audio_encoder
 from avs_dist.modules.backbone import Backbone
+from avs_dist.sequences import Sequences
 from avs_dist.systems.trunk import Existing
 
 CELL = 4  # coarse pixels per side of a position of the map: 4 x 4 x 3 numbers stand for it
@@ -35,8 +37,8 @@ class Features(nn.Module):
         self.feature_shapes = model.unicode.shapes
         self.target_shapes = self.feature_shapes
 
-    def forward(self, modality: str, value: Tensor, valid_BT: Tensor) -> Input:
-        return Input(value, value)
+    def forward(self, modality: str, batch: Sequences) -> Input:
+        return Input(batch.inputs[modality], batch.inputs[modality])
 
 
 class Media(nn.Module):
@@ -64,21 +66,23 @@ class Media(nn.Module):
         if "text" in model.unicode.modalities:
             self.feature_shapes["text"] = self.target_shapes["text"] = (model.unicode.text_channels,)
 
-    def forward(self, modality: str, value: Tensor, valid_BT: Tensor) -> Input:
+    def forward(self, modality: str, batch: Sequences) -> Input:
+        value, exist = batch.inputs[modality], Existing(batch.valid[modality])
         if modality == "text":
             return Input(value, value)
-        exist = Existing(valid_BT)
-        value_N = exist.select(value)
         if modality == "audio":
-            coarse_N = F.adaptive_avg_pool2d((value_N + 2.0) / 2.0, COARSE_MEL).flatten(1)
-            features_N = self.audio_encoder(value_N)
-        else:
-            map_NCHW = F.adaptive_avg_pool2d(self.backbone(value_N)[-1], self.map_size)
-            features_N = map_NCHW.permute(0, 2, 3, 1)
-            height, width = self.map_size
-            coarse_NCHW = F.adaptive_avg_pool2d(value_N, (CELL * height, CELL * width))
-            coarse_N = F.pixel_unshuffle(coarse_NCHW, CELL).permute(0, 2, 3, 1)
-        return Input(exist.restore(features_N), exist.restore(coarse_N))
+            mel_NFM = exist.select(value)
+            coarse_ND = F.adaptive_avg_pool2d((mel_NFM + 2.0) / 2.0, COARSE_MEL).flatten(1)
+            heard_BTD = batch.audio_BTD  # a stored one saves the encoder the work
+            if heard_BTD is None:
+                heard_BTD = exist.restore(self.audio_encoder(mel_NFM))
+            return Input(heard_BTD, exist.restore(coarse_ND))
+        frames_NCHW = exist.select(require_normalised(value))
+        map_NCHW = F.adaptive_avg_pool2d(self.backbone(frames_NCHW)[-1], self.map_size)
+        height, width = self.map_size
+        coarse_NCHW = F.adaptive_avg_pool2d(frames_NCHW, (CELL * height, CELL * width))
+        coarse_NhwC = F.pixel_unshuffle(coarse_NCHW, CELL).permute(0, 2, 3, 1)
+        return Input(exist.restore(map_NCHW.permute(0, 2, 3, 1)), exist.restore(coarse_NhwC))
 
 
 def build_inputs(model: ModelConfig, load_pretrained: bool) -> Features | Media:
