@@ -14,6 +14,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from avs_dist.data_config import DataConfig
 from avs_dist.model_config import (
     AudioConfig,
     BackboneConfig,
@@ -55,41 +56,6 @@ __all__ = [  # those of the network are settings of a run like the others
     "from_dict",
     "to_dict",
 ]
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the clips come from.
-
-    Args:
-        shards: Folder with index.json and the tar shards (`avs-dist shards build`).
-        train_split: Split used for training.
-        eval_split: Split used for the evaluations during training.
-        workers: Decoding processes per rank (0 decodes in the training process).
-        shuffle_window: Clips that are mixed at a time, counted over consecutive (shuffled) shards.
-        mirror: Share of the training clips that are mirrored left to right, frames and masks together (ECMVAE: 0.3).
-        crop: Smallest share of the side that a random square window of a training clip keeps, brought back to full
-            size; the same for all frames and masks of the clip; 1 = off.
-        shift: Largest number of seconds by which a training clip is rolled around: frames, masks and sound together;
-            0 = off.
-    """
-
-    shards: str = "shards"
-    train_split: str = "train"
-    eval_split: str = "val"
-    workers: int = 2
-    shuffle_window: int = 4096
-    mirror: float = 0.0
-    crop: float = 1.0
-    shift: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("data.workers", self.workers, 0)
-        at_least("data.shuffle_window", self.shuffle_window, 1)
-        share("data.mirror", self.mirror)
-        if not 0.0 < self.crop <= 1.0:
-            raise ValueError(f"data.crop={self.crop}: must be more than 0 and at most 1")
-        at_least("data.shift", self.shift, 0)
 
 
 @dataclass(frozen=True)
