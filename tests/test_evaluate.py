@@ -54,17 +54,18 @@ def make_samples(num_clips: int = 11, num_classes: int = 2) -> list[Sample]:
 def predict(clip: Clip) -> Prediction:
     """A system that knows nothing of the masks: brightness of the red channel."""
     assert not torch.is_grad_enabled()
-    return Prediction(clip.frames_BTCHW[:, :, 0] * 2)
+    return Prediction(clip.to("cpu").normalised_BTCHW[:, :, 0] * 2)
 
 
 def predict_several(clip: Clip) -> Prediction:
     """The same mask with a variance, 0 to 0.25: brightness of the green channel."""
-    return replace(predict(clip), variance_BTHW=clip.frames_BTCHW[:, :, 1].sigmoid() / 4)
+    return replace(predict(clip), variance_BTHW=clip.to("cpu").normalised_BTCHW[:, :, 1].sigmoid() / 4)
 
 
 def predict_classes(clip: Clip) -> Prediction:
     """Background, or the brightest of red, green and blue; a frame of padding is equal in all of them."""
-    class_logits = torch.cat([torch.zeros_like(clip.frames_BTCHW[:, :, :1]), clip.frames_BTCHW], dim=2)
+    frames_BTCHW = clip.to("cpu").normalised_BTCHW
+    class_logits = torch.cat([torch.zeros_like(frames_BTCHW[:, :, :1]), frames_BTCHW], dim=2)
     return replace(predict_several(clip), class_logits_BTKHW=class_logits)
 
 

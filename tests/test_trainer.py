@@ -54,7 +54,7 @@ def losses_by_hand(config: Config) -> list[float]:
     losses = []
     for step, clips in enumerate(train_batches(config, ShardIndex.load(config.data.shards), 0)):
         with torch.no_grad():
-            each = [sum(system.loss_terms(by_hand(clip, step, config), step).values()) for clip in clips]
+            each = [sum(system.loss_terms(by_hand(clip, step, config).to("cpu"), step).values()) for clip in clips]
         losses.append(torch.stack(each).mean().item())
     return losses
 
