@@ -47,8 +47,10 @@ class CodebookTask(Task):
                 "model.compat=published_code: Uni-Code departs from its paper by settings; give --config "
                 "configs/unicode/published_code.yaml instead"
             )
-        if config.data.mirror > 0:
-            raise ValueError(f"data.mirror={config.data.mirror}: is for masks; set 0 with model.system=unicode")
+        for name, off in (("mirror", 0.0), ("crop", 1.0), ("shift", 0)):
+            value = getattr(config.data, name)
+            if value != off:
+                raise ValueError(f"data.{name}={value}: is for masks; set {off:g} with model.system=unicode")
 
     def check_data(self, index: ShardIndex) -> None:
         unicode, shards = self.config.model.unicode, self.config.data.shards

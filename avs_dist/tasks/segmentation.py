@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from avs_dist import world
-from avs_dist.augment import mirror
+from avs_dist.augment import crop, mirror, shift
 from avs_dist.clip import Clip
 from avs_dist.collapse import CollapseMonitor
 from avs_dist.config import Config
@@ -56,9 +56,9 @@ class SegmentationTask(Task):
                 raise ValueError(f"data.{key}={split}: no clip of this split in {config.data.shards} has a mask")
 
     def augment(self, batch: Clip, step: int) -> Clip:
-        draws = ClipDraws(self.config.seed, step, batch.key)
-        each_frame = self.config.model.compat == "published_code"
-        return mirror(batch, self.config.data.mirror, draws, each_frame=each_frame)
+        data, draws = self.config.data, ClipDraws(self.config.seed, step, batch.key)
+        batch = mirror(batch, data.mirror, draws, each_frame=self.config.model.compat == "published_code")
+        return shift(crop(batch, data.crop, draws), data.shift, draws)
 
     def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, float]]:
         batches = _Watched(engine, self.config)
