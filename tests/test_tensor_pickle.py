@@ -1,4 +1,4 @@
-"""Files of one tensor are read as torch and pickle wrote them; all else is refused and takes neither time nor memory."""
+"""Files of one tensor are read as torch and pickle wrote them; all else is refused and takes no time or memory."""
 
 from __future__ import annotations
 

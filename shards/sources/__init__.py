@@ -24,6 +24,7 @@ class ClipJob:
     frames:      Extracted frames, one a second; when empty they are decoded from `video`.
     video:       Media file, or None.
     sound:       File with the sound (a wav, or the video itself), or None.
+    mel:         File with the log-mel as published, which takes the place of the sound, or None.
     masks:       Mask of each second from the first on; later ones are unlabelled, those behind the end are ignored.
     num_classes: Classes that the masks tell by colour; 1: what is not black sounds.
     fit:         How frames and masks become square.
@@ -39,6 +40,7 @@ class ClipJob:
     frames: tuple[Path, ...] = ()
     video: Path | None = None
     sound: Path | None = None
+    mel: Path | None = None
     masks: tuple[Path, ...] = ()
     num_classes: int = 1
     fit: Fit = "sampled"

@@ -1,4 +1,4 @@
-"""The AVSBench folders as published: S4 (`Single-source/`) and MS3 (`Multi-sources/`)."""
+"""The AVSBench folders S4 (`Single-source/`) and MS3 (`Multi-sources/`), as published and as copies have them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avs_dist.shards.sources import SPLITS, ClipJob
+from avs_dist.shards.sources.media_files import files_below, first_of
 from avs_dist.shards.sources.metadata import NAME_BYTES, check_file_name, check_split, only_file, read_table
+from avs_dist.shards.sources.pictures import FRAME_ENDINGS, MASK_ENDINGS, Pictures, find_pictures, first_number
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+SECONDS = 5
+FRAMES, MASKS, SOUNDS, MELS, VIDEOS = "visual_frames", "gt_masks", "audio_wav", "audio_log_mel", "raw_videos"
 _NAME_COLUMNS = ("name", "video_id", "vid", "uid")
 _CATEGORY_COLUMNS = ("category", "sounding_objects", "a_obj")
 # what follows a clip's name in the name of a file: .mp4_10.png, .webm
@@ -20,22 +24,25 @@ class Layout:
     """Folder names of one benchmark, relative to its data folder.
 
     folder:      Parent folder that the root may or may not include.
-    data:        Folder with visual_frames, gt_masks, audio_wav, raw_videos.
+    data:        Folder with visual_frames, gt_masks, audio_wav, audio_log_mel, raw_videos.
     frame_infix: Between a clip's name and the number of a frame.
+    frames_at, masks_at, files_at: Where the published frames, masks, and single files of a clip lie.
     """
 
     folder: str
     data: str
     metadata: str
     frame_infix: str
-    frame_dir: str
-    mask_dir: str
+    frames_at: str
+    masks_at: str
+    files_at: str
 
 
-S4 = Layout(
-    "Single-source", "s4_data", "s4_meta_data*.csv", "_", "{split}/{category}/{name}", "{split}/{category}/{name}"
-)
-MS3 = Layout("Multi-sources", "ms3_data", "ms3_meta_data*.csv", ".mp4_", "{name}", "{split}/{name}")
+_NESTED, _BY_SPLIT, _FLAT = "{split}/{category}/{name}", "{split}/{name}", "{name}"
+# folders of copies, beside those published
+_PLACES = (_NESTED, _BY_SPLIT, "{category}/{name}", _FLAT)
+S4 = Layout("Single-source", "s4_data", "s4_meta_data*.csv", "_", _NESTED, _NESTED, _NESTED)
+MS3 = Layout("Multi-sources", "ms3_data", "ms3_meta_data*.csv", ".mp4_", _FLAT, _BY_SPLIT, _BY_SPLIT)
 
 
 @dataclass(frozen=True)
@@ -47,27 +54,40 @@ class Row:
     category: str
 
 
-def list_clips(layout: Layout, root: Path, clip_s: int, decode_video: bool) -> list[ClipJob]:
+def list_clips(layout: Layout, root: Path, clip_s: int, decode_video: bool, stored_mel: bool = False) -> list[ClipJob]:
     """Every clip of the metadata file, train first.
+
+    Frames (png or jpg) and masks are numbered from 0 or from 1, with or without ".mp4" before it, and lie in folders of
+    split and category, of either, or of the clip alone; so do the sound, the log-mel and the videos.
 
     Args:
         root: The folder that holds `layout.folder`, or that folder itself.
         clip_s: Longest clip in seconds.
         decode_video: Take the frames from raw_videos even where visual_frames has them.
+        stored_mel: Take the log-mel from audio_log_mel instead of the sound.
 
     Raises:
         FileNotFoundError: If the folder or its metadata is not there.
         ValueError: If the metadata cannot be understood.
     """
-    base = root / layout.folder if (root / layout.folder).is_dir() else root
-    data = base / layout.data
-    if not data.is_dir():
-        raise FileNotFoundError(f"--root {root}: neither {layout.folder}/{layout.data} nor {layout.data} is in it")
-    rows = read_metadata(only_file(base, layout.metadata))
+    data = data_folder(layout, root)
+    rows = read_metadata(only_file(data.parent, layout.metadata))
     if layout is S4 and any(not row.category for row in rows):
-        raise ValueError(f"{base}: the S4 metadata needs a category for every clip")
-    jobs = [_job(layout, data, row, clip_s, decode_video) for row in rows]
-    return sorted(jobs, key=lambda job: SPLITS.index(job.split))
+        raise ValueError(f"{data.parent}: the S4 metadata needs a category for every clip")
+    disk = _Disk(layout, data, clip_s, decode_video, stored_mel)
+    return sorted((disk.job(row) for row in rows), key=lambda job: SPLITS.index(job.split))
+
+
+def data_folder(layout: Layout, root: Path) -> Path:
+    """The folder that holds the frames, masks and sounds.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
+    base = root / layout.folder if (root / layout.folder).is_dir() else root
+    if not (base / layout.data).is_dir():
+        raise FileNotFoundError(f"--root {root}: neither {layout.folder}/{layout.data} nor {layout.data} is in it")
+    return base / layout.data
 
 
 def read_metadata(path: Path) -> list[Row]:
@@ -120,46 +140,62 @@ def _columns_by_content(table: list[list[str]], path: Path) -> tuple[int, int, i
     return 0, split, texts[0] if texts else None
 
 
-def _job(layout: Layout, data: Path, row: Row, clip_s: int, decode_video: bool) -> ClipJob:
-    place = {"split": row.split, "category": row.category, "name": row.name}
-    frames_at = data / "visual_frames" / layout.frame_dir.format(**place)
-    masks_at = data / "gt_masks" / layout.mask_dir.format(**place)
-    # published clips lie in folders by split (and category); copies in one flat folder are as common
-    nested = f"{row.split}/{row.category}/{row.name}" if layout is S4 else f"{row.split}/{row.name}"
-    video = _existing(data / "raw_videos", (nested, row.name), VIDEO_SUFFIXES)
-    sound = _existing(data / "audio_wav", (nested, row.name), (".wav",)) or video
-    frames, problem = ((), None) if decode_video else _frame_files(frames_at, f"{row.name}{layout.frame_infix}", clip_s)
-    if not frames and video is None:
-        problem = problem or f"neither {frames_at} nor a file {row.name}.mp4 in {data / 'raw_videos'} exists"
-    elif sound is None:
-        problem = problem or f"no {row.name}.wav in {data / 'audio_wav'} and no raw video to take the sound from"
-    # S4 gives the first mask only for training (weak supervision)
-    labelled = 1 if layout is S4 and row.split == "train" else clip_s
-    return ClipJob(
-        name=row.name,
-        split=row.split,
-        path=frames_at if frames else video or frames_at,
-        frames=frames,
-        video=None if frames else video,
-        sound=sound,
-        masks=tuple(masks_at / f"{row.name}_{k}.png" for k in range(1, labelled + 1)),
-        seconds=clip_s,
-        meta={"category": row.category} if row.category else {},
-        problem=problem,
-    )
+class _Disk:
+    """What lies in the data folder, asked clip by clip."""
+
+    def __init__(self, layout: Layout, data: Path, clip_s: int, decode_video: bool, stored_mel: bool) -> None:
+        self._layout, self._data, self._clip_s = layout, data, clip_s
+        self._decode_video, self._stored_mel = decode_video, stored_mel
+        self._videos = files_below(data / VIDEOS, VIDEO_SUFFIXES)
+        self._sounds = files_below(data / SOUNDS, (".wav",))
+        self._mels = files_below(data / MELS, (".pkl",)) if stored_mel else {}
+
+    def job(self, row: Row) -> ClipJob:
+        layout, stems = self._layout, _places(self._layout.files_at, row)
+        video = first_of(self._videos, stems, VIDEO_SUFFIXES)
+        sound = first_of(self._sounds, stems, (".wav",)) or video
+        mel = first_of(self._mels, stems, (".pkl",))
+        # S4 gives the first mask only for training (weak supervision)
+        labelled = 1 if layout is S4 and row.split == "train" else self._clip_s
+        frames, masks, problem = self._pictures(row, labelled)
+        where = self._data / FRAMES / layout.frames_at.format(**vars(row))
+        if not frames and video is None:
+            problem = problem or f"neither {where} nor a file {row.name}.mp4 in {self._data / VIDEOS} exists"
+        elif self._stored_mel and mel is None:
+            problem = problem or f"no {row.name}.pkl in {self._data / MELS}"
+        elif not self._stored_mel and sound is None:
+            problem = problem or f"no {row.name}.wav in {self._data / SOUNDS} and no raw video to take the sound from"
+        return ClipJob(
+            name=row.name,
+            split=row.split,
+            path=frames[0].parent if frames else video or where,
+            frames=frames,
+            video=None if frames else video,
+            sound=sound,
+            mel=mel,
+            masks=masks,
+            seconds=self._clip_s,
+            meta={"category": row.category} if row.category else {},
+            problem=problem,
+        )
+
+    def _pictures(self, row: Row, labelled: int) -> tuple[tuple[Path, ...], tuple[Path, ...], str | None]:
+        """Frames and masks of a clip, also those that miss, and what is wrong with them."""
+        layout, clip_s = self._layout, self._clip_s
+        frame_folders = [self._data / FRAMES / place for place in _places(layout.frames_at, row)]
+        mask_folders = [self._data / MASKS / place for place in _places(layout.masks_at, row)]
+        masks = find_pictures(mask_folders, f"{row.name}_", MASK_ENDINGS, row.name)
+        if self._decode_video:
+            frames = Pictures(frame_folders[0], {}, "", "")
+        else:
+            frames = find_pictures(frame_folders, f"{row.name}{layout.frame_infix}", FRAME_ENDINGS, row.name)
+        first, problem = first_number(frames, masks, max(SECONDS, clip_s), published=1)
+        # a labelled second without a frame is a gap, not the end of the clip
+        count = max(frames.seconds(first, clip_s), masks.seconds(first, labelled)) if frames.by_number else 0
+        return frames.files(first, count), masks.files(first, labelled), problem or frames.missing(first, count)
 
 
-def _existing(folder: Path, stems: tuple[str, ...], suffixes: tuple[str, ...]) -> Path | None:
-    # not with_suffix: names may contain dots
-    candidates = (folder / f"{stem}{suffix}" for stem in stems for suffix in suffixes)
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _frame_files(folder: Path, prefix: str, clip_s: int) -> tuple[tuple[Path, ...], str | None]:
-    """Frames 1, 2, ... of a clip, and what is wrong with them (a gap)."""
-    paths = [folder / f"{prefix}{k}.png" for k in range(1, clip_s + 1)]
-    there = [path.is_file() for path in paths]
-    count = max((k + 1 for k, exists in enumerate(there) if exists), default=0)
-    missing = [path.name for path, exists in zip(paths[:count], there[:count], strict=True) if not exists]
-    problem = f"missing frame files in {folder}: {', '.join(missing)}" if missing else None
-    return tuple(paths[:count]), problem
+def _places(published: str, row: Row) -> list[str]:
+    """Where something of a clip may lie, the published place first."""
+    forms = dict.fromkeys((published, *(form for form in _PLACES if row.category or "{category}" not in form)))
+    return [form.format(**vars(row)) for form in forms]

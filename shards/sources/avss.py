@@ -9,6 +9,7 @@ from pathlib import Path
 from avs_dist.shards.palette import MAX_CLASSES
 from avs_dist.shards.sources import SPLITS, ClipJob
 from avs_dist.shards.sources.metadata import check_file_name, check_split, read_records
+from avs_dist.shards.sources.pictures import FRAME_ENDINGS, MASK_ENDINGS, find_pictures, first_number
 
 FOLDER = "avs_released"
 METADATA = "metadata.csv"
@@ -29,7 +30,7 @@ class Row:
 
 
 def list_clips(root: Path, clip_s: int) -> list[ClipJob]:
-    """Every clip of the metadata file, train first.
+    """Every clip of the metadata file, train first; frames are jpg or png, and numbered from 0 or from 1.
 
     Args:
         root: The folder that holds avs_released, or that folder itself.
@@ -39,7 +40,7 @@ def list_clips(root: Path, clip_s: int) -> list[ClipJob]:
         FileNotFoundError: If the metadata or the list of classes is not there.
         ValueError: If they cannot be understood.
     """
-    base = _base(root)
+    base = data_folder(root)
     num_classes = len(read_classes(root))
     jobs = [_job(base / row.subset / row.uid, row, clip_s, num_classes) for row in read_metadata(base / METADATA)]
     return sorted(jobs, key=lambda job: SPLITS.index(job.split))
@@ -52,7 +53,7 @@ def read_classes(root: Path) -> tuple[str, ...]:
         FileNotFoundError: If there is no label2idx.json.
         ValueError: If it is no JSON object, its indices are not 0, 1, 2, ..., or "background" is not the first.
     """
-    path = _base(root) / CLASS_FILE
+    path = data_folder(root) / CLASS_FILE
     try:
         indices = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -89,7 +90,12 @@ def read_metadata(path: Path) -> list[Row]:
     return list(rows.values())
 
 
-def _base(root: Path) -> Path:
+def data_folder(root: Path) -> Path:
+    """The folder that holds the metadata, the list of classes and a folder for each subset.
+
+    Raises:
+        FileNotFoundError: If either file is not there.
+    """
     base = root / FOLDER if (root / FOLDER).is_dir() else root
     for name in (METADATA, CLASS_FILE):
         if not (base / name).is_file():
@@ -99,21 +105,22 @@ def _base(root: Path) -> Path:
 
 def _job(folder: Path, row: Row, clip_s: int, num_classes: int) -> ClipJob:
     seconds = min(SUBSETS[row.subset], clip_s)
-    frames = tuple(folder / "frames" / f"{t}.jpg" for t in range(seconds))
-    missing = [path.name for path in frames if not path.is_file()]
-    sound = folder / "audio.wav"
-    problem = None if sound.is_file() else f"missing sound file {sound}"
-    if missing:
-        problem = f"missing frame files in {folder / 'frames'}: {', '.join(missing)}"
     # the single-source clips are weakly supervised in training, as in S4
     labelled = 1 if row.subset == "v1s" and row.split == "train" else seconds
+    frames = find_pictures([folder / "frames"], "", (".jpg", *FRAME_ENDINGS))
+    masks = find_pictures([folder / "labels_rgb"], "", MASK_ENDINGS)
+    first, problem = first_number(frames, masks, SUBSETS[row.subset], published=0)
+    sound = folder / "audio.wav"
+    problem = problem or frames.missing(first, seconds)
+    if not sound.is_file():
+        problem = problem or f"missing sound file {sound}"
     return ClipJob(
         name=row.uid,
         split=row.split,
         path=folder / "frames",
-        frames=frames,
+        frames=frames.files(first, seconds),
         sound=sound,
-        masks=tuple(folder / "labels_rgb" / f"{t}.png" for t in range(labelled)),
+        masks=masks.files(first, labelled),
         num_classes=num_classes,
         fit="cropped" if row.split == "train" else "squashed",
         seconds=seconds,
