@@ -24,12 +24,18 @@ from avs_dist.config import Config, config_hash, from_dict, to_dict
 from avs_dist.engine import Engine
 from avs_dist.modules.weights import first_lines
 from avs_dist.shards.files import write_text
+from avs_dist.shards.plan import StreamState
 from avs_dist.systems import build_system
 from avs_dist.systems.base import System
 
 MANIFEST = "manifest.json"
 # a run may be continued with other values of these; all others must be the same
-_FREE_TO_CHANGE = ("out_dir", "max_steps", "eval_every", "log_every", "resume", "init_from")
+_FREE_TO_CHANGE = {
+    *(f"train.{name}" for name in ("out_dir", "max_steps", "eval_every", "log_every", "resume", "init_from")),
+    # its data go on at the very next clip, whatever the batches, and must be the same clips, wherever they are
+    *("train.global_batch", "engine.grad_accumulation", "data.shards", "data.workers"),
+    *("data.eval_split", "data.max_damaged", "data.video_deadline_s", "data.cache_dir", "data.cache_gb"),
+}
 
 
 def save(
@@ -39,12 +45,13 @@ def save(
     step: int,
     image_size: int,
     metrics: dict[str, float],
+    data: StreamState,
     best_by: str = "miou",
     classes: tuple[str, ...] | None = None,
     word_vectors: str | None = None,
 ) -> Path:
     """Write the checkpoint of `step` (collective) and point last.json to it, and best.json if no other has had a higher
-    value of the metric `best_by`; see `class_names` and `word_vectors` for what else is recorded."""
+    value of the metric `best_by`; see `data_state`, `class_names` and `word_vectors` for what else is recorded."""
     root = _root(config.train.out_dir)
     final = root / f"step-{step:06d}"
     staging = root / f".{final.name}.partial"
@@ -58,7 +65,7 @@ def save(
     if world.is_main():
         save_file(weights, staging / "model.safetensors")
         (staging / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        facts = {"image_size": image_size, "classes": classes, "word_vectors": word_vectors}
+        facts = {"image_size": image_size, "classes": classes, "word_vectors": word_vectors, "data": data.to_dict()}
         seal(staging, config, step=step, metrics=metrics, **facts)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
@@ -100,8 +107,9 @@ def resume(engine: Engine, config: Config, checkpoint: Path, image_size: int) ->
 
 def _lasting_settings(config: Config) -> dict[str, Any]:
     """The settings that must stay the same over a resume, by their dotted names."""
-    free = {f"train.{name}" for name in _FREE_TO_CHANGE}
-    return {key: value for key, value in _flat(to_dict(config)) if key not in free}
+    values = to_dict(config)
+    values["data"].pop("mixture")  # its keys are places
+    return {key: value for key, value in _flat(values) if key not in _FREE_TO_CHANGE}
 
 
 def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -168,6 +176,12 @@ def _verify_listed(folder: Path, name: str) -> None:
 def image_size(checkpoint: str | Path) -> int:
     """Side in pixels of the frames the checkpoint was trained on."""
     return int(_manifest(find_checkpoint(checkpoint))["image_size"])
+
+
+def data_state(checkpoint: str | Path) -> StreamState | None:
+    """Where the run was in its training data; None where that was not recorded."""
+    state = _manifest(find_checkpoint(checkpoint)).get("data")
+    return StreamState.from_dict(state) if state else None
 
 
 def class_names(checkpoint: str | Path) -> tuple[str, ...] | None:

@@ -13,7 +13,7 @@ class DataConfig:
     """Where the clips come from.
 
     Args:
-        shards: Folder with index.json and the tar shards (`avs-dist shards build`), or its URL (http, https, s3, gs, az).
+        shards: Folder with index.json and the tar shards (`avs-dist shards build`), or its URL (http, s3, gs, az).
         mixture: Folders or URLs of shards that training draws from instead, each with its share (in any unit); those of
             data.shards are then for evaluation only, unless they are among them.
         train_split: Split used for training.

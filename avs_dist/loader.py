@@ -1,8 +1,9 @@
-"""Data loaders: shard streams joined with the Clip collation."""
+"""Data loaders: shard streams joined with the Clip collation, and what all ranks must know of damaged clips."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,33 +11,105 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from avs_dist import world
 from avs_dist.clip import collate
-from avs_dist.config import Config, UnicodeConfig
+from avs_dist.config import Config, DataConfig, UnicodeConfig
+from avs_dist.damage import DamageLog, agree
 from avs_dist.sequences import collate_features, collate_media
 from avs_dist.shards.index import ShardIndex
-from avs_dist.shards.pipeline import EvalStream, TrainStream
+from avs_dist.shards.pipeline import EvalStream, Loaded, TrainStream, stream_state
+from avs_dist.shards.plan import StepPlan, StreamState
+from avs_dist.shards.read import ClipReader
 from avs_dist.shards.text import MAX_WORDS
 
 AudioSource = Literal["real", "muted", "swapped"]
 
 
-def train_batches(config: Config, index: ShardIndex, start_step: int) -> Iterator[list[Any]]:
-    """The micro-batches of this rank, one list per optimiser step, from `start_step` to the end of the run."""
-    stream = TrainStream(
-        index,
-        config.data.train_split,
-        seed=config.seed,
-        window=config.data.shuffle_window,
-        global_batch=config.train.global_batch,
-        grad_accumulation=config.engine.grad_accumulation,
-        rank=world.rank(),
-        world_size=world.world_size(),
-        start_step=start_step,
-        num_steps=config.train.max_steps - start_step,
-        collate=_collate(config, index),
-    )
-    batches = iter(data_loader(stream, config.data.workers))
-    for _ in range(start_step, config.train.max_steps):
-        yield [next(batches) for _ in range(config.engine.grad_accumulation)]
+class TrainBatches:
+    """The micro-batches of this rank, one list per optimiser step, to the end of the run.
+
+    Args:
+        index: Of data.shards.
+        first_step: Steps that the run has done.
+
+    Raises:
+        ValueError: a set of data.mixture that does not fit to data.shards, or a batch that cannot be divided.
+    """
+
+    def __init__(self, config: Config, index: ShardIndex, first_step: int = 0) -> None:
+        sets = mixed_sets(config.data, index)
+        self._config, self._first_step = config, first_step
+        self._weights = tuple((config.data.mixture or {"": 1.0}).values())
+        self._reader = clip_reader(config.data, sets, config.data.train_split)
+        self._collate = _collate(config, index)
+        self._state = self._state_at(first_step * config.train.global_batch)
+        label = f"{config.data.train_split} of {', '.join(str(each.directory) for each in sets)}"
+        self.damage = DamageLog(len(self._reader), config.data.max_damaged, label)
+
+    def load_state(self, state: StreamState) -> None:
+        """Go on exactly behind the clips that the state counts, whatever the ranks, batches and workers were.
+
+        Raises:
+            ValueError: it is of other clips, shares or settings.
+        """
+        here = self._state_at(state.position)
+        if state != here:
+            told = {"clips, shards or shares": "fingerprint", "seed": "seed", "data.shuffle_window": "window"}
+            other = [name for name, key in told.items() if getattr(state, key) != getattr(here, key)]
+            raise ValueError(
+                f"the run was in the middle of other data ({', '.join(other)} differ): their order would be another. "
+                "Continue with the shards and settings it began with, or start a new run with train.init_from"
+            )
+        self._state = state
+
+    def state(self, steps_done: int) -> StreamState:
+        """Where the run is after so many steps."""
+        return self._state.advanced((steps_done - self._first_step) * self._config.train.global_batch)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        config = self._config
+        plan = StepPlan(
+            start=self._state.position,
+            num_steps=config.train.max_steps - self._first_step,
+            global_batch=config.train.global_batch,
+            accumulation=config.engine.grad_accumulation,
+            rank=world.rank(),
+            world_size=world.world_size(),
+        )
+        stream = TrainStream(
+            self._reader,
+            plan,
+            seed=config.seed,
+            window=config.data.shuffle_window,
+            weights=self._weights,
+            collate=self._collate,
+        )
+        loaded = _iterate(stream, config.data.workers)
+        for _ in range(plan.num_steps):
+            batches = [_agreed(loaded, self.damage) for _ in range(plan.accumulation)]
+            yield [each.batch for each in batches]
+
+    def _state_at(self, position: int) -> StreamState:
+        return stream_state(self._reader, position, self._config.seed, self._config.data.shuffle_window, self._weights)
+
+
+class EvalBatches:
+    """Batches `(batch, positions)` of one split; every rank gets the same number, position -1 marks what only fills a
+    batch or stands where a clip is damaged."""
+
+    def __init__(self, stream: EvalStream[Any], workers: int, damage: DamageLog) -> None:
+        self._stream, self._workers, self.damage = stream, workers, damage
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def __iter__(self) -> Iterator[tuple[Any, list[int]]]:
+        loaded = _iterate(self._stream, self._workers)
+        for _ in range(len(self)):
+            batch, positions, _ = _agreed(loaded, self.damage)
+            yield batch, positions
+
+    def counted(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics, and how many clips were left out of them if any were."""
+        return metrics | ({"damaged_clips": float(len(self.damage))} if len(self.damage) else {})
 
 
 def eval_loader(
@@ -46,19 +119,67 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     audio: AudioSource = "real",
-) -> DataLoader[Any]:
-    """Batches `(clip, positions)` of one split; every rank gets the same number, position -1 marks padding."""
+) -> EvalBatches:
+    """Batches of one split of data.shards."""
     index = ShardIndex.load(config.data.shards)
-    stream = EvalStream(
-        index,
-        split,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        collate=_collate(config, index),
-        audio=audio,
-    )
-    return data_loader(stream, config.data.workers)
+    place = (rank, world_size)
+    return eval_batches(config.data, index, split, batch_size, _collate(config, index), place=place, audio=audio)
+
+
+def eval_batches(
+    data: DataConfig,
+    index: ShardIndex,
+    split: str,
+    batch_size: int,
+    collate_batch: Callable[[list[Any]], Any],
+    *,
+    place: tuple[int, int] = (0, 1),
+    audio: AudioSource = "real",
+    workers: int | None = None,
+) -> EvalBatches:
+    """Batches of one split made by `collate_batch`.
+
+    Args:
+        place: Rank and world size.
+        workers: Loading processes; as data.workers says where None.
+    """
+    reader = clip_reader(data, [index], split, audio)
+    rank, world_size = place
+    stream = EvalStream(reader, batch_size=batch_size, rank=rank, world_size=world_size, collate=collate_batch)
+    damage = DamageLog(len(reader), data.max_damaged, f"{split} of {index.directory}")
+    return EvalBatches(stream, data.workers if workers is None else workers, damage)
+
+
+def clip_reader(data: DataConfig, sets: Sequence[ShardIndex], split: str, audio: AudioSource = "real") -> ClipReader:
+    """Reader of one split, with a cache where shards come from a URL."""
+    cache = None
+    if any(index.is_remote for index in sets):
+        from avs_dist.shards.shard_cache import ShardCache  # not loaded where all shards are local
+
+        cache = ShardCache(data.cache_dir, int(data.cache_gb * 1e9))
+    return ClipReader(sets, split, audio, video_deadline_s=data.video_deadline_s, cache=cache)
+
+
+def mixed_sets(data: DataConfig, index: ShardIndex) -> list[ShardIndex]:
+    """The sets of shards that training draws from: those of data.mixture, or data.shards alone.
+
+    Args:
+        index: Of data.shards.
+
+    Raises:
+        ValueError: clips of one set cannot share a batch with those of data.shards.
+    """
+    if not data.mixture:
+        return [index]
+    sets = [index if place == data.shards else ShardIndex.load(place) for place in data.mixture]
+    for each in sets:
+        differ = [name for name, value in index.kind_of_clips.items() if each.kind_of_clips[name] != value]
+        if differ:
+            raise ValueError(
+                f"data.mixture: {each.directory} and data.shards={data.shards} differ in {', '.join(differ)}; "
+                "build them alike"
+            )
+    return sets
 
 
 def _collate(config: Config, index: ShardIndex) -> Callable[[list[Any]], Any]:
@@ -78,13 +199,37 @@ def sequence_collate(config: UnicodeConfig, index: ShardIndex) -> Callable[[list
     return partial(collate_features, shapes=config.shapes, num_steps=num_steps, num_events=len(index.events))
 
 
-def data_loader(stream: IterableDataset[Any], workers: int) -> DataLoader[Any]:
-    """Batches of a stream, decoded by so many processes; 0 decodes in this one."""
+def _iterate(stream: IterableDataset[Any], workers: int) -> Iterator[Loaded[Any]]:
+    """Batches of a stream, made by so many processes; 0 makes them in this one."""
     # the stream is already split over ranks and workers and yields whole batches
-    return DataLoader(
+    loader = DataLoader(
         stream,
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         multiprocessing_context="spawn" if workers else None,
     )
+    before = signal.getsignal(signal.SIGCHLD)
+    loaded = iter(loader)
+    # torch's handler raises wherever this process is when a loading process dies, in the middle of a collective too;
+    # without it the death is noticed where the next batch is taken, and the other ranks can be told
+    if workers and signal.getsignal(signal.SIGCHLD) != before:
+        signal.signal(signal.SIGCHLD, before)
+    return loaded
+
+
+def _as_it_is(loaded: Loaded[Any]) -> Loaded[Any]:
+    return loaded
+
+
+def _agreed(loaded: Iterator[Loaded[Any]], damage: DamageLog) -> Loaded[Any]:
+    """The next batch, once all ranks have theirs and know of each other's damage."""
+    failure, batch = None, None
+    try:
+        batch = next(loaded)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        failure = error
+    agree(damage, batch.damages if batch else (), failure)
+    assert batch is not None
+    return batch

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from avs_dist import checkpoint, world
 from avs_dist.config import Config, to_dict
+from avs_dist.damage import REPORT_FILE, DamageLog, TooManyDamagedError
 from avs_dist.engine import Engine, stop
-from avs_dist.loader import train_batches
+from avs_dist.loader import TrainBatches
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
 from avs_dist.systems import build_system
@@ -27,7 +28,8 @@ def train(config: Config) -> Path:
 
     Raises:
         ValueError: the settings do not fit together, or train.out_dir holds a run and train.resume is off.
-        RuntimeError: the loss became NaN or infinite (the last checkpoint is whole).
+        RuntimeError: the loss became NaN or infinite (the last checkpoint is whole), or more clips than
+            data.max_damaged are damaged (the steps done are in a checkpoint).
     """
     device = world.start()
     try:
@@ -47,37 +49,45 @@ def _train(config: Config, device: torch.device) -> Path:
     begin = previous or init_from
     if begin:
         checkpoint.check_classes(begin, index.classes, config.data.shards)
-    word_vectors = _word_vectors(config, index, begin)
+    facts: dict[str, Any] = {"image_size": index.image_size, "classes": index.classes, "best_by": task.best_by}
+    facts["word_vectors"] = _word_vectors(config, index, begin)
     if init_from:
         checkpoint.load_weights(system, init_from)
     engine = Engine(system, config, device)
     done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
+    batches = TrainBatches(config, index, done)
+    if previous and (state := checkpoint.data_state(previous)):
+        batches.load_state(state)
     if world.is_main():
         print(engine.describe(), flush=True)
         if config.train.resume:
             print(f"resumed from {previous}" if previous else f"no checkpoint in {config.train.out_dir}: from step 0")
 
-    saved = previous
+    def save(metrics: dict[str, float]) -> Path:
+        return checkpoint.save(engine, config, step=done, metrics=metrics, data=batches.state(done), **facts)
+
+    saved, saved_at = previous, done
     with RunLog(config, first_step=done) as log:
-        for step, micro_batches in enumerate(train_batches(config, index, done), start=done):
-            augmented = [task.augment(batch, step) for batch in micro_batches]
-            log.step(step, engine.train_step(augmented, step), engine.learning_rate(step))
-            if _due(step + 1, config):
-                metrics, codes = task.evaluate(engine)
-                log.evaluation(step + 1, metrics, codes)
-                saved = checkpoint.save(
-                    engine,
-                    config,
-                    step=step + 1,
-                    image_size=index.image_size,
-                    metrics=metrics,
-                    best_by=task.best_by,
-                    classes=index.classes,
-                    word_vectors=word_vectors,
-                )
+        try:
+            for micro_batches in batches:
+                log.damage(done, batches.damage)
+                augmented = [task.augment(batch, done) for batch in micro_batches]
+                log.step(done, engine.train_step(augmented, done), engine.learning_rate(done))
+                done += 1
+                if _due(done, config):
+                    metrics, codes = task.evaluate(engine)
+                    log.evaluation(done, metrics, codes)
+                    saved, saved_at = save(metrics), done
+        except TooManyDamagedError:  # on all ranks alike
+            log.damage(done, batches.damage)
+            if done > saved_at:
+                save({})
+            raise
     if saved is None:
         raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
     if world.is_main():
+        if len(batches.damage):
+            print(f"{batches.damage.summary()}: see {Path(config.train.out_dir) / REPORT_FILE}", flush=True)
         print(f"checkpoint: {saved}", flush=True)
     return saved
 
@@ -118,6 +128,7 @@ class RunLog:
         self._config = config
         self._first_step = first_step
         self._main = world.is_main()
+        self._damaged = 0
 
     def __enter__(self) -> RunLog:
         if self._main:
@@ -144,6 +155,13 @@ class RunLog:
             seconds = (time.monotonic() - self._since) / self._config.train.log_every
             self._write("train", step + 1, {**terms, "lr": lr, "seconds_per_step": seconds})
             self._since = time.monotonic()
+
+    def damage(self, step: int, damage: DamageLog) -> None:
+        """The damaged clips so far, where there are more than the last time."""
+        if self._main and len(damage) > self._damaged:
+            self._damaged = len(damage)
+            self._board.add_scalar("data/damaged_clips", len(damage), step)
+            damage.save(Path(self._config.train.out_dir))
 
     def evaluation(self, step: int, metrics: dict[str, float], codes: dict[str, float]) -> None:
         if self._main:

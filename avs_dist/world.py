@@ -131,6 +131,16 @@ def gather_flags(flag_M: Tensor) -> Tensor:
     return gather_rows(flag_M.float(), equal=True)[0] > 0.5
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says so; every rank gets the same answer."""
+    if world_size() == 1:
+        return flag
+    device = torch.device("cuda", local_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    said = torch.tensor(int(flag), device=device)
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said.item())
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Plain Python `value` of every rank, in rank order, on every rank."""
     if world_size() == 1:

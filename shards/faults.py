@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 KINDS = {
     "unreadable": "the shard is missing, cannot be opened or fetched, or is no plain file",
     "truncated": "the shard ends before the clip does",
@@ -10,11 +12,12 @@ KINDS = {
     "oversize": "a member or picture is larger than readers accept",
     "member": "a member is missing or stands twice",
     "schema": "the facts (json) are unusable or of another schema version",
-    "picture": "a frame or mask cannot be decoded, or has another mode than it should",
+    "picture": "a frame or mask cannot be decoded, or has another mode or size than it should",
     "mask": "a mask has another size than the frames, or a class that does not exist",
     "array": "an array is damaged, or has another type or shape than it should",
     "not_finite": "an array holds NaN or infinite values",
     "video": "the video member cannot be decoded, or not in time",
+    "other": "the clip cannot be decoded for another reason",
 }
 
 
@@ -31,3 +34,36 @@ class ClipFault(ValueError):
 
     def __reduce__(self) -> tuple[type[ClipFault], tuple[str, str]]:
         return type(self), (self.kind, str(self))
+
+
+class Damage(NamedTuple):
+    """A damaged clip and its place.
+
+    clip:   its id in the split.
+    name:   its name.
+    shard:  path or URL of the shard.
+    offset: of the clip in it, in bytes.
+    kind:   one of KINDS.
+    reason: what a person reads.
+    """
+
+    clip: int
+    name: str
+    shard: str
+    offset: int
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}, offset {self.offset}, clip {self.name}: {self.reason}"
+
+
+class DamagedClipError(ValueError):
+    """A clip in a shard is not what the index says, or cannot be decoded."""
+
+    def __init__(self, damage: Damage) -> None:
+        super().__init__(str(damage))
+        self.damage = damage
+
+    def __reduce__(self) -> tuple[type[DamagedClipError], tuple[Damage]]:
+        return type(self), (self.damage,)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# never through a link, and never waiting for the other end of a pipe
+_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -39,3 +45,33 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(2**20):
             sha256.update(chunk)
     return sha256.hexdigest()
+
+
+@contextmanager
+def opened_plain(path: str | Path) -> Iterator[int]:
+    """Descriptor of a plain file, open for reading within the block.
+
+    Raises:
+        OSError: If it cannot be opened, or is a link, pipe, device or folder.
+    """
+    file = os.open(path, _PLAIN)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise OSError(f"{path} is not a plain file but a link, pipe, device or folder")
+        yield file
+    finally:
+        os.close(file)
+
+
+def read_plain_file(path: str | Path, limit: int) -> bytes:
+    """Content of a plain file.
+
+    Raises:
+        OSError: See `opened_plain`.
+        ValueError: If it has more than `limit` bytes.
+    """
+    with opened_plain(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit} bytes")
+    return content

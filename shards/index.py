@@ -7,9 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from avs_dist.shards.files import write_text
-from avs_dist.shards.palette import MAX_CLASSES
-from avs_dist.shards.schema import CLIPS, FEATURE_NDIM, FEATURES, INDEX_FILE, MAX_CLIP_BYTES, SCHEMA_VERSION
+import numpy as np
+
+from avs_dist.shards.files import read_plain_file, write_text
+from avs_dist.shards.index_checks import check_clip, check_sample, check_settings, check_shard, check_shards
+from avs_dist.shards.remote import fetch_bytes, is_url
+from avs_dist.shards.schema import (
+    AUDIO_ENCODER,
+    CLIPS,
+    FEATURES,
+    INDEX_FILE,
+    SCHEMA_VERSION,
+    FeatureSample,
+    Sample,
+)
+
+# of the largest sets, a clip takes about 200 bytes
+MAX_INDEX_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -42,59 +56,81 @@ class ShardEntry:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ShardEntry:
         """Checked against names and sizes that a reader must never follow (the file may come from elsewhere)."""
-        name = data["name"]
-        if not name.endswith(".tar") or Path(name).name != name:
-            raise ValueError(f"shard name {name!r} is not a plain file name ending in .tar")
+        check_shard(data)
         clips = tuple(ClipEntry(**clip) for clip in data["clips"])
-        if data["count"] != len(clips):
-            raise ValueError(f"shard {name}: count is {data['count']}, but {len(clips)} clips are listed")
         for clip in clips:
-            if clip.offset < 0 or not 0 < clip.length <= MAX_CLIP_BYTES or clip.offset + clip.length > data["bytes"]:
-                raise ValueError(f"shard {name}: clip {clip.key} lies outside the file or is too large")
-        return ShardEntry(name, data["split"], data["sha256"], data["bytes"], clips)
+            check_clip(data, clip)
+        return ShardEntry(data["name"], data["split"], data["sha256"], data["bytes"], clips)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
     """A finished folder of shards.
 
-    settings: how it was built (kind, source, image size, frame format, clip length, names of classes or events ...).
-    skipped:  clips that could not be used: name, split, path, reason.
+    directory: The folder, or its URL.
+    settings:  how it was built (kind, source, image size, frame format, clip length, names of classes or events ...).
+    skipped:   clips that could not be used: name, split, path, reason.
     """
 
-    directory: Path
+    directory: Path | str
     settings: dict[str, Any]
     shards: tuple[ShardEntry, ...]
     skipped: tuple[dict[str, str], ...]
 
     @staticmethod
     def load(directory: str | Path) -> ShardIndex:
-        """Read index.json.
+        """Read index.json of a folder or a URL (http, https, s3, gs, az).
 
         Raises:
             FileNotFoundError: If there is none (the build did not finish, or the folder is another one).
-            ValueError: If it is damaged or of another schema version.
+            ValueError: If it is damaged, no plain file, or of another schema version.
+            OSError: If the URL cannot be read.
         """
-        path = Path(directory) / INDEX_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {INDEX_FILE} in {directory}: not a folder of finished shards; "
-                "run `avs-dist shards build --out` on it (again)"
-            )
+        if is_url(str(directory)):
+            place: Path | str = str(directory).rstrip("/")
+            path = f"{place}/{INDEX_FILE}"
+            content = fetch_bytes(path, MAX_INDEX_BYTES)
+        else:
+            place = Path(directory)
+            path = str(place / INDEX_FILE)
+            if not (place / INDEX_FILE).exists():
+                raise FileNotFoundError(
+                    f"no {INDEX_FILE} in {directory}: not a folder of finished shards; "
+                    "run `avs-dist shards build --out` on it (again)"
+                )
+            content = read_plain_file(place / INDEX_FILE, MAX_INDEX_BYTES)
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(content)
             version = data["schema_version"]
             if version != SCHEMA_VERSION:
                 raise ValueError(
                     f"schema version {version}, this program reads version {SCHEMA_VERSION}: build the shards again"
                 )
             shards = tuple(ShardEntry.from_dict(shard) for shard in data["shards"])
-            _check_settings(data["settings"])
-            return ShardIndex(path.parent, data["settings"], shards, tuple(data["skipped"]))
-        except (KeyError, TypeError, AttributeError) as error:
+            check_shards(shards)
+            check_settings(data["settings"])
+            return ShardIndex(place, data["settings"], shards, tuple(data["skipped"]))
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards have to be fetched."""
+        return isinstance(self.directory, str)
+
+    def place_of(self, shard: ShardEntry) -> str:
+        """Path or URL of a shard."""
+        return f"{self.directory}/{shard.name}"
+
+    def check_sample(self, entry: ClipEntry, sample: Sample | FeatureSample) -> None:
+        """Compare a decoded clip with what the index promises.
+
+        Raises:
+            ClipFault: naming the difference.
+        """
+        check_sample(self.settings, entry, sample)
 
     @property
     def kind(self) -> str:
@@ -125,6 +161,22 @@ class ShardIndex:
     def word_vectors(self) -> str | None:
         """Which vectors the words of the prompts have: "hashed", or the SHA-256 of their file; None without text."""
         return self.settings.get("word_vectors")
+
+    @property
+    def audio_encoder(self) -> dict[str, Any] | None:
+        """Which frozen encoder's output the clips come with: "kind" and "weights_sha256"; None where there is none."""
+        return self.settings.get(AUDIO_ENCODER)
+
+    @property
+    def silence_D(self) -> np.ndarray | None:
+        """float32 [128], what that encoder makes of the log-mel of silence."""
+        return None if self.audio_encoder is None else np.asarray(self.audio_encoder["silence"], dtype=np.float32)
+
+    @property
+    def kind_of_clips(self) -> dict[str, Any]:
+        """What clips must have in common to share a batch, by name of the setting."""
+        names = ("classes", "events", "feature_shapes", "word_vectors", AUDIO_ENCODER)
+        return {"kind": self.kind, "image_size": self.image_size} | {name: self.settings.get(name) for name in names}
 
     @property
     def clip_seconds(self) -> int:
@@ -161,7 +213,7 @@ class ShardIndex:
             split["seconds"] += sum(clip.seconds for clip in shard.clips)
             split["labelled"] += sum(clip.labelled for clip in shard.clips)
         write_json(
-            self.directory / INDEX_FILE,
+            Path(self.directory) / INDEX_FILE,
             {
                 "schema_version": SCHEMA_VERSION,
                 "settings": self.settings,
@@ -170,42 +222,6 @@ class ShardIndex:
                 "skipped": list(self.skipped),
             },
         )
-
-
-def _check_settings(settings: dict[str, Any]) -> None:
-    """Of what readers rely on; features need more than clips."""
-    kind = settings.get("kind", CLIPS)
-    if kind == FEATURES:
-        _check_events(settings)
-        _check_feature_shapes(settings["feature_shapes"])
-    elif kind != CLIPS:
-        raise ValueError(f"settings.kind must be '{CLIPS}' or '{FEATURES}', got {kind!r}")
-    _check_classes(settings)
-
-
-def _check_events(settings: dict[str, Any]) -> None:
-    names = settings["events"]
-    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not listed or not 1 <= len(set(names)) == len(names):
-        raise ValueError(f"settings.events must list one or more different names, got {names!r:.200}")
-    if "classes" in settings:
-        raise ValueError("settings.classes are for masks, features have settings.events")
-
-
-def _check_feature_shapes(shapes: Any) -> None:
-    """One shape for each modality: whole numbers from 1 on, as many as the modality has without its time."""
-    for name, shape in shapes.items():
-        whole = isinstance(shape, list) and all(type(side) is int and side > 0 for side in shape)
-        if not whole or len(shape) + 1 != FEATURE_NDIM.get(name):
-            raise ValueError(f"settings.feature_shapes: {name}: {shape!r:.200} is not the shape of a second's features")
-
-
-def _check_classes(settings: dict[str, Any]) -> None:
-    """Several names, each once, where the settings name classes at all."""
-    names = settings.get("classes", ["background", "object"])
-    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not listed or not 2 <= len(set(names)) == len(names) <= MAX_CLASSES:
-        raise ValueError(f"settings.classes must list 2 to {MAX_CLASSES} different names, got {names!r:.200}")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""Reading single clips out of tar shards by their byte ranges, through webdataset's tar iterator.
+"""Reading single clips out of tar shards by their byte ranges.
 
 Shards may come from strangers. Nothing is ever unpickled: only our own decoders see the members. Nothing but plain
 files of bounded size is accepted, and no name from a shard is used as a path or URL.
@@ -6,155 +6,205 @@ files of bounded size is accepted, and no name from a shard is used as a path or
 
 from __future__ import annotations
 
-import io
-import os
-import tarfile
+import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-os.environ["WDS_SECURE"] = "1"  # before the import: refuse pickles and pipes in every other code path, too
-import webdataset as wds  # noqa: E402
-from webdataset.tariterators import group_by_keys, tar_file_expander  # noqa: E402
+from avs_dist.shards.faults import ClipFault, Damage, DamagedClipError
+from avs_dist.shards.feature_members import decode_features
+from avs_dist.shards.index import ClipEntry, ShardEntry, ShardIndex
+from avs_dist.shards.members import Sound, decode_clip, decode_facts, decode_sound
+from avs_dist.shards.plan import swapped
+from avs_dist.shards.schema import FEATURES, MEL_BANDS, MEL_FRAMES, SILENT_LOG_MEL, FeatureSample, Sample
+from avs_dist.shards.store import LocalStore, Store
+from avs_dist.shards.untar import members_of
+from avs_dist.shards.workers import MediaWorker
 
-from avs_dist.shards.feature_members import decode_features  # noqa: E402
-from avs_dist.shards.index import ClipEntry, ShardIndex  # noqa: E402
-from avs_dist.shards.members import decode_clip, decode_facts, decode_mel  # noqa: E402
-from avs_dist.shards.plan import swapped  # noqa: E402
-from avs_dist.shards.schema import (  # noqa: E402
-    FEATURES,
-    MAX_MEMBER_BYTES,
-    MEL_BANDS,
-    MEL_FRAMES,
-    SILENT_LOG_MEL,
-    FeatureSample,
-    Sample,
-)
+if TYPE_CHECKING:  # local shards need nothing of what fetches others
+    from avs_dist.shards.shard_cache import ShardCache
 
 Audio = Literal["real", "muted", "swapped"]
+Result = TypeVar("Result")
+# what decoders of pictures, numbers and text raise on rubbish
+_DECODING_ERRORS = (ValueError, OSError, SyntaxError, EOFError, struct.error, OverflowError, MemoryError)
 
 
-class DamagedClipError(ValueError):
-    """A clip in a shard is not what the index says; names shard, offset and key."""
+class _Place(NamedTuple):
+    """Where a clip lies."""
+
+    set_number: int
+    shard: ShardEntry
+    entry: ClipEntry
 
 
 class ClipReader:
-    """The clips of one split by id (ids count through the shards in order).
+    """The clips of one split by id; ids count through the sets and their shards in order.
 
     Args:
+        sets: Index of the shards, or several of them whose clips are alike.
         audio: "real"; "muted" (the log-mel of silence); "swapped" (that of the clip half the split away).
+        video_deadline_s: Longest time for decoding a clip that is stored as video.
+        cache: Where shards are kept that come from a URL.
 
     Raises:
         ValueError: If there is no such split, or the sound of features should be replaced.
     """
 
-    def __init__(self, index: ShardIndex, split: str, audio: Audio = "real") -> None:
+    def __init__(
+        self,
+        sets: ShardIndex | Sequence[ShardIndex],
+        split: str,
+        audio: Audio = "real",
+        *,
+        video_deadline_s: float = 60.0,
+        cache: ShardCache | None = None,
+    ) -> None:
         if audio not in ("real", "muted", "swapped"):
             raise ValueError(f"audio must be real, muted or swapped, got '{audio}'")
-        self._kind = index.kind
+        self._sets = [sets] if isinstance(sets, ShardIndex) else list(sets)
+        first = self._sets[0]
+        self._kind = first.kind
         if audio != "real" and self._kind == FEATURES:
             raise ValueError(
-                f"{index.directory} holds features, not log-mels that audio='{audio}' could replace: use 'real'"
+                f"{first.directory} holds features, not log-mels that audio='{audio}' could replace: use 'real'"
             )
-        shards = index.split(split)
-        self.shard_counts = [len(shard.clips) for shard in shards]
-        self._entries = [(index.directory / shard.name, entry) for shard in shards for entry in shard.clips]
+        self._silence_D = first.silence_D
+        shards = [index.split(split) for index in self._sets]
+        self.shard_counts = [[len(shard.clips) for shard in each] for each in shards]
+        self.shard_keys = [[[clip.key for clip in shard.clips] for shard in each] for each in shards]
+        self._places = [
+            _Place(k, shard, clip) for k, each in enumerate(shards) for shard in each for clip in shard.clips
+        ]
         self._audio = audio
+        self._video_deadline_s, self._cache = video_deadline_s, cache
+        self._stores: list[Store] | None = None
+        self._media: MediaWorker | None = None
         if audio == "swapped":
             swapped(0, len(self))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._places)
 
-    def samples(self, clips: Iterable[int]) -> Iterator[Any]:
-        """Decoded samples of the clips, in order: Sample, or FeatureSample where the shards hold features.
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which opens its own files and decoders."""
+        return {**self.__dict__, "_stores": None, "_media": None}
+
+    def clips_of_same_set(self, clip: int) -> range:
+        """Ids of all clips that come from the set of shards that this one is in."""
+        number = self._places[clip].set_number
+        first = sum(sum(counts) for counts in self.shard_counts[:number])
+        return range(first, first + sum(self.shard_counts[number]))
+
+    def sample(self, clip: int) -> Any:
+        """Decoded sample of a clip: Sample, or FeatureSample where the shards hold features.
 
         Raises:
-            DamagedClipError: If one is damaged.
+            DamagedClipError: If it is damaged, or, with swapped sound, the clip whose sound it gets.
         """
-        asked: list[int] = []
+        return self._checked(clip, lambda: self._decoded(clip))
 
-        def sources() -> Iterator[dict[str, Any]]:
-            for clip in clips:
-                asked.append(clip)
-                yield self._source(clip)
+    def samples(self, clips: Iterable[int]) -> Iterator[Any]:
+        """`sample` of the clips, in order."""
+        return map(self.sample, clips)
 
-        pipeline = wds.DataPipeline(sources, tar_file_expander, group_by_keys)
-        groups = iter(pipeline)
-        count = 0
-        while True:
-            try:
-                members = next(groups, None)
-                if members is None:
-                    break
-                clip = asked[count]
-                sample = self._sample(clip, members)
-            except DamagedClipError:
-                raise
-            except (tarfile.TarError, OSError, ValueError, SyntaxError, EOFError) as error:
-                raise self._damaged(asked[-1], error) from error
-            count += 1
-            yield sample
+    def members(self, clip: int) -> dict[str, memoryview]:
+        """The stored members of a clip by name, as they are.
 
-    def _source(self, clip: int) -> dict[str, Any]:
-        path, entry = self._entries[clip]
+        Raises:
+            DamagedClipError: If their bytes are damaged.
+        """
+        return self._checked(clip, lambda: self._members(clip))
+
+    def read_ahead(self, order: Callable[[], Iterator[int]]) -> None:
+        """Shards that have to be fetched are fetched ahead of their use from now on.
+
+        Args:
+            order: Gives the clips that will be read, each time from the beginning.
+        """
+        for number, store in enumerate(self._opened()):
+            store.upcoming(
+                place.shard for place in map(self._places.__getitem__, order()) if place.set_number == number
+            )
+
+    def close(self) -> None:
+        """End the decoding process and the fetching, where there are any; the next clip starts them again."""
+        if self._media is not None:
+            self._media.close()
+        for store in self._stores or ():
+            store.close()
+        self._media = self._stores = None
+
+    def _opened(self) -> list[Store]:
+        if self._stores is None:
+            self._stores = [_open_store(index, self._cache) for index in self._sets]
+        return self._stores
+
+    def _checked(self, clip: int, decode: Callable[[], Result]) -> Result:
+        """What `decode` returns; any fault becomes one of this clip, with its place."""
         try:
-            return {"url": path.name, "stream": io.BytesIO(read_segment(path, entry))}
-        except (tarfile.TarError, OSError, ValueError) as error:
-            raise self._damaged(clip, error) from error
+            return decode()
+        except DamagedClipError:  # of the clip that another gets its sound from
+            raise
+        except ClipFault as fault:
+            raise DamagedClipError(self._damage(clip, fault.kind, str(fault))) from fault
+        except _DECODING_ERRORS as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DamagedClipError(self._damage(clip, "other", reason)) from error
 
-    def _sample(self, clip: int, members: dict[str, Any]) -> Sample | FeatureSample:
-        key = self._entries[clip][1].key
-        if members["__key__"] != key:
-            raise self._damaged(clip, ValueError(f"the shard holds clip {members['__key__']} there"))
+    def _damage(self, clip: int, kind: str, reason: str) -> Damage:
+        number, shard, entry = self._places[clip]
+        return Damage(clip, entry.name, self._sets[number].place_of(shard), entry.offset, kind, reason)
+
+    def _members(self, clip: int) -> dict[str, memoryview]:
+        number, shard, entry = self._places[clip]
+        segment = self._opened()[number].read(shard, entry.offset, entry.length)
+        if zlib.crc32(segment) != entry.crc32:
+            raise ClipFault("checksum", "the CRC-32 does not match the index")
+        return members_of(segment, entry.key)
+
+    def _decoded(self, clip: int) -> Sample | FeatureSample:
+        members = self._members(clip)
+        number, _, entry = self._places[clip]
         if self._kind == FEATURES:
-            return decode_features(members)
-        return decode_clip(members, self._replacement(clip, members))
+            sample: Any = decode_features(members)
+        else:
+            if self._media is None:
+                self._media = MediaWorker(self._video_deadline_s)
+            sample = decode_clip(members, self._replacement(clip, members), self._media)
+        self._sets[number].check_sample(entry, sample)
+        return sample
 
-    def _replacement(self, clip: int, members: dict[str, bytes]) -> np.ndarray | None:
-        """Log-mel that replaces the clip's own; None keeps it."""
+    def _replacement(self, clip: int, members: dict[str, memoryview]) -> Sound | None:
+        """Sound that replaces the clip's own; None keeps it. Sound that is shorter than the clip goes on as silence."""
         if self._audio == "real":
             return None
         seconds = decode_facts(members)["seconds"]
         mel_TFM = np.full((seconds, MEL_FRAMES, MEL_BANDS), SILENT_LOG_MEL, dtype=np.float32)
+        audio_TD = None if self._silence_D is None else np.tile(self._silence_D, (seconds, 1))
         if self._audio == "swapped":
-            donor_TFM = self._donor_mel(swapped(clip, len(self)))[:seconds]
-            mel_TFM[: len(donor_TFM)] = donor_TFM
-        return mel_TFM
+            donor = self._sound(swapped(clip, len(self)))
+            mel_TFM[: len(donor.mel_TFM)] = donor.mel_TFM[:seconds]
+            if audio_TD is not None and donor.audio_TD is not None:
+                audio_TD[: len(donor.audio_TD)] = donor.audio_TD[:seconds]
+        return Sound(mel_TFM, audio_TD)
 
-    def _donor_mel(self, clip: int) -> np.ndarray:
-        def has_sound(name: str) -> bool:
-            return name.endswith((".json", ".mel.npy"))
+    def _sound(self, clip: int) -> Sound:
+        def decode() -> Sound:
+            members = self._members(clip)
+            return decode_sound(members, decode_facts(members)["seconds"])
 
-        members = next(group_by_keys(tar_file_expander([self._source(clip)], select_files=has_sound)))
-        return decode_mel(members, decode_facts(members)["seconds"])
-
-    def _damaged(self, clip: int, error: Exception) -> DamagedClipError:
-        path, entry = self._entries[clip]
-        return DamagedClipError(f"shard {path}, offset {entry.offset}, clip {entry.key}: {error}")
+        return self._checked(clip, decode)
 
 
-def read_segment(path: Path, entry: ClipEntry) -> bytes:
-    """The tar segment of one clip, checked before anything parses it further.
+def _open_store(index: ShardIndex, cache: ShardCache | None) -> Store:
+    if isinstance(index.directory, Path):
+        return LocalStore(index.directory)
+    if cache is None:
+        raise ValueError(f"{index.directory}: shards at a URL need a cache")
+    from avs_dist.shards.remote_store import RemoteStore
 
-    Raises:
-        ValueError, tarfile.TarError: If it is short, altered, or holds anything but plain files of accepted size.
-    """
-    with path.open("rb") as file:
-        file.seek(entry.offset)
-        segment = file.read(entry.length)
-    if len(segment) != entry.length:
-        raise ValueError(f"the file ends after {len(segment)} of {entry.length} bytes")
-    if zlib.crc32(segment) != entry.crc32:
-        raise ValueError("the CRC-32 does not match the index")
-    # "r:" refuses compressed archives, which could unpack to any size
-    with tarfile.open(fileobj=io.BytesIO(segment), mode="r:") as archive:
-        for member in archive:
-            if not member.isreg() or member.issparse():
-                raise ValueError(f"member {member.name!r} is not a plain file (a link, device or sparse file)")
-            if member.size > MAX_MEMBER_BYTES:
-                raise ValueError(f"member {member.name!r} has {member.size} bytes, the limit is {MAX_MEMBER_BYTES}")
-    return segment
+    return RemoteStore(index.directory, cache)

@@ -21,6 +21,9 @@ CLIPS, FEATURES = "clips", "features"
 
 # Features of a clip: how many dimensions they have; all begin with seconds, those of text with words.
 FEATURE_NDIM = {"visual": 4, "audio": 2, "text": 2}
+# settings of an index whose clips come with the output of a frozen audio encoder, and how long each vector is
+AUDIO_ENCODER = "audio_encoder"
+ENCODED_CHANNELS = 128
 # the modalities that events have seconds in
 LABELLED = ("visual", "audio")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +10,8 @@ from typing import Protocol
 import numpy as np
 
 from avs_dist.shards.faults import ClipFault
+from avs_dist.shards.files import opened_plain
 from avs_dist.shards.index import ShardEntry
-
-# never through a link, and never waiting for the other end of a pipe
-_PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Store(Protocol):
@@ -58,25 +55,18 @@ def read_range(path: Path, offset: int, length: int) -> memoryview:
     """Bytes of a plain file, in writable memory of their own.
 
     Raises:
-        ClipFault: "unreadable" where there is no such file, or a link, pipe or device in its place; "truncated" where it
-            ends earlier.
+        ClipFault: "unreadable" where there is no such file, or a link, pipe or device in its place; "truncated" where
+            it ends earlier.
     """
     try:
-        file = os.open(path, _PLAIN)
+        with opened_plain(path) as file:
+            content = np.empty(length, dtype=np.uint8).data
+            done = 0
+            while done < length:
+                count = os.preadv(file, [content[done:]], offset + done)
+                if count == 0:
+                    raise ClipFault("truncated", f"the file ends after {done} of {length} bytes")
+                done += count
+            return content
     except OSError as error:
-        raise ClipFault("unreadable", f"cannot be opened as a plain file: {error.strerror}") from error
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise ClipFault("unreadable", "not a plain file (a link, pipe or device)")
-        content = memoryview(np.empty(length, dtype=np.uint8)).cast("B")
-        done = 0
-        while done < length:
-            count = os.preadv(file, [content[done:]], offset + done)
-            if count == 0:
-                raise ClipFault("truncated", f"the file ends after {done} of {length} bytes")
-            done += count
-        return content
-    except OSError as error:
-        raise ClipFault("unreadable", f"cannot be read: {error.strerror}") from error
-    finally:
-        os.close(file)
+        raise ClipFault("unreadable", f"cannot be read as a plain file: {error.strerror or error}") from error

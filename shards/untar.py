@@ -1,7 +1,7 @@
-"""The members of one clip from the bytes of its tar segment, without copying and without trusting a name in it.
+"""The members of one clip from the bytes of its tar segment, as views, with no name in it trusted.
 
-Only what `segment.tar_segment` writes is accepted: plain files whose names begin with the clip's key, and pax records of
-longer names. Links, devices, sparse files and other extensions of the format are refused, whatever they say.
+Only what `segment.tar_segment` writes is accepted: plain files whose names begin with the clip's key, and pax records
+of longer names. Links, devices, sparse files and other extensions of the format are refused, whatever they say.
 """
 
 from __future__ import annotations

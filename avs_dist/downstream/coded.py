@@ -12,10 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avs_dist.config import Config
-from avs_dist.loader import data_loader
+from avs_dist.loader import eval_batches
 from avs_dist.sequences import Sequences, collate_features
 from avs_dist.shards.index import ShardIndex
-from avs_dist.shards.pipeline import EvalStream
 from avs_dist.shards.plan import PADDING
 from avs_dist.shards.schema import FEATURES, FeatureSample
 from avs_dist.systems.base import System
@@ -126,19 +125,17 @@ def encode_split(
         raise ValueError(f"{index.directory} has no {', '.join(missing)} features, which the task needs")
     wanted = {*config.model.unicode.modalities, *keep}
     shapes = {m: shape for m, shape in index.feature_shapes.items() if m in wanted}
-    stream = EvalStream(
+    num_batches = -(-sum(len(shard.clips) for shard in index.split(split)) // BATCH)
+    batches = eval_batches(
+        config.data,
         index,
         split,
-        batch_size=BATCH,
-        rank=0,
-        world_size=1,
-        collate=partial(_collate, shapes=shapes, num_steps=index.clip_seconds, num_events=len(index.events)),
+        BATCH,
+        partial(_collate, shapes=shapes, num_steps=index.clip_seconds, num_events=len(index.events)),
+        workers=None if num_batches > FEW_BATCHES else 0,
     )
-    workers = config.data.workers if len(stream) > FEW_BATCHES else 0
     parts = []
-    for (batch, labelled), positions in tqdm(
-        data_loader(stream, workers), desc=f"encode {split}", unit="batch", leave=False
-    ):
+    for (batch, labelled), positions in tqdm(batches, desc=f"encode {split}", unit="batch", leave=False):
         encoded = encoder.encode(batch.to(device))
         part = CodedSplit(
             {m: each.quantised_BTD.cpu() for m, each in encoded.items()},

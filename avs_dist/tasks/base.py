@@ -8,6 +8,7 @@ from typing import Any
 from avs_dist import world
 from avs_dist.config import Config
 from avs_dist.engine import Engine, micro_batch_size
+from avs_dist.loader import mixed_sets
 from avs_dist.shards.index import ShardIndex
 
 
@@ -29,6 +30,12 @@ class Task(ABC):
         Raises:
             ValueError: naming the setting and what the shards hold.
         """
+
+    def splits(self, index: ShardIndex) -> list[tuple[str, str, ShardIndex]]:
+        """All that the run reads: name of the setting, split, and the shards that must have it."""
+        data = self.config.data
+        training = [("train_split", data.train_split, each) for each in mixed_sets(data, index)]
+        return [*training, ("eval_split", data.eval_split, index)]
 
     @abstractmethod
     def augment(self, batch: Any, step: int) -> Any:

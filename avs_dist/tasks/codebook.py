@@ -69,8 +69,8 @@ class CodebookTask(Task):
             raise ValueError(
                 f"model.unicode.predict_steps={unicode.predict_steps}: clips in {shards} have {index.clip_seconds} s"
             )
-        for key in ("train_split", "eval_split"):
-            index.split(getattr(self.config.data, key))
+        for _, split, each in self.splits(index):
+            each.split(split)
 
     def _check_shapes(self, index: ShardIndex) -> None:
         settings = {"audio": "audio_channels", "visual": "visual_shape", "text": "text_channels"}
@@ -108,7 +108,7 @@ class CodebookTask(Task):
             for m, each in encoded.items():
                 means[m].append(mean_code(each.quantised_BTD, each.valid_BT))
         metrics = {"pairing": _pairing(means, torch.cat(counted)), **usage.compute().scalars()}
-        return metrics, {}
+        return loader.counted(metrics), {}
 
 
 def _pairing(means: dict[str, list[Tensor]], counted_N: Tensor) -> float:

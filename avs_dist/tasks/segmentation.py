@@ -50,10 +50,9 @@ class SegmentationTask(Task):
                 f"model.num_classes={config.model.num_classes}: the masks in {config.data.shards} have {num_classes}; "
                 f"set model.num_classes={num_classes} and loss.segmentation={loss}"
             )
-        for key in ("train_split", "eval_split"):
-            split = getattr(config.data, key)
-            if not any(clip.labelled for shard in index.split(split) for clip in shard.clips):
-                raise ValueError(f"data.{key}={split}: no clip of this split in {config.data.shards} has a mask")
+        for key, split, shards in self.splits(index):
+            if not any(clip.labelled for shard in shards.split(split) for clip in shard.clips):
+                raise ValueError(f"data.{key}={split}: no clip of this split in {shards.directory} has a mask")
 
     def augment(self, batch: Clip, step: int) -> Clip:
         data, draws = self.config.data, ClipDraws(self.config.seed, step, batch.key)
@@ -62,7 +61,7 @@ class SegmentationTask(Task):
 
     def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, float]]:
         batches = _Watched(engine, self.config)
-        metrics = evaluate(engine.predict, batches)
+        metrics = batches.loader.counted(evaluate(engine.predict, batches))
         return metrics, batches.monitor.compute().scalars() if batches.monitor else {}
 
 
@@ -71,15 +70,15 @@ class _Watched:
 
     def __init__(self, engine: Engine, config: Config) -> None:
         size = micro_batch_size(config)
-        self._loader = eval_loader(config, config.data.eval_split, size, world.rank(), world.world_size())
+        self.loader = eval_loader(config, config.data.eval_split, size, world.rank(), world.world_size())
         self._engine = engine
         self.monitor: CollapseMonitor | None = None
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Clip, Sequence[int]]]:
-        for clip, positions in self._loader:
+        for clip, positions in self.loader:
             codes = self._engine.latents(clip)
             if codes is not None and codes.posterior:
                 self.monitor = self.monitor or CollapseMonitor()

@@ -1,0 +1,109 @@
+"""Damaged clips of a run: counted by kind, told once for each kind, and a bound above which the run stops.
+
+All ranks know of all damage and decide alike.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from avs_dist import world
+from avs_dist.shards.faults import KINDS, Damage
+from avs_dist.shards.files import write_text
+
+REPORT_FILE = "damaged.json"
+
+
+class TooManyDamagedError(RuntimeError):
+    """More clips are damaged than the bound allows; the message is the report."""
+
+
+class DamageLog:
+    """The damaged clips that a run has met, each once.
+
+    Args:
+        num_clips: Clips that it may meet.
+        max_damaged: Share of them that may be damaged; one clip may always be, unless this is 0.
+        label: What to call the clips, such as "train of runs/shards".
+    """
+
+    def __init__(self, num_clips: int, max_damaged: float, label: str) -> None:
+        self._num_clips, self._max_damaged, self._label = num_clips, max_damaged, label
+        self._allowed = max(1, int(max_damaged * num_clips)) if max_damaged > 0 else 0
+        self._found: dict[tuple[str, str], Damage] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many clips by kind of damage, the most frequent first."""
+        return dict(Counter(damage.kind for damage in self._found.values()).most_common())
+
+    def add(self, damages: Sequence[Damage]) -> bool:
+        """Note damage; the first of a kind is told on rank 0. Returns whether any of it is new."""
+        new = 0
+        for damage in damages:
+            place = damage.shard, damage.name
+            if place in self._found:
+                continue
+            if world.is_main() and damage.kind not in self.counts:
+                more = "further clips of this kind are counted in silence"
+                tqdm.write(f"damaged clip ({damage.kind}: {KINDS[damage.kind]}): {damage}; {more}", file=sys.stderr)
+            self._found[place] = damage
+            new += 1
+        return new > 0
+
+    def check(self) -> None:
+        """Raises TooManyDamagedError, with the report, where the bound is exceeded."""
+        if len(self) > self._allowed:
+            raise TooManyDamagedError(
+                f"{self.summary()}, data.max_damaged={self._max_damaged:g} allows {self._allowed}; the first of each "
+                f"kind: {'; '.join(self._first_of_each_kind())}. Look with `avs-dist shards verify`, then mend or "
+                "rebuild the shards, or raise data.max_damaged"
+            )
+
+    def summary(self) -> str:
+        """One line: how many, of which kinds."""
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.items())
+        return f"{len(self)} of {self._num_clips} clips of {self._label} are damaged ({kinds})"
+
+    def save(self, folder: Path) -> None:
+        """Write every damaged clip with its place and reason to damaged.json."""
+        clips = [damage._asdict() for damage in self._found.values()]
+        write_text(folder / REPORT_FILE, json.dumps({"counts": self.counts, "clips": clips}, indent=1) + "\n")
+
+    def _first_of_each_kind(self) -> list[str]:
+        first: dict[str, Damage] = {}
+        for damage in self._found.values():
+            first.setdefault(damage.kind, damage)
+        return [f"{kind}: {damage}" for kind, damage in first.items()]
+
+
+def agree(log: DamageLog, damages: Sequence[Damage], failure: Exception | None = None) -> bool:
+    """Note what any rank has found, on all ranks; collective. Returns whether any of it is new.
+
+    Args:
+        failure: Why this rank has no batch, if so; then all ranks stop.
+
+    Raises:
+        TooManyDamagedError: on all ranks alike.
+        RuntimeError: a rank has no batch, on all other ranks; `failure` itself on that rank.
+    """
+    if not world.any_rank(bool(damages) or failure is not None):
+        return False
+    told = world.gather_objects((list(damages), None if failure is None else f"{type(failure).__name__}: {failure}"))
+    new = log.add([damage for found, _ in told for damage in found])
+    if failure is not None:
+        raise failure
+    for rank, (_, reason) in enumerate(told):
+        if reason is not None:
+            raise RuntimeError(f"rank {rank} has no batch: {reason}")
+    log.check()
+    return new
