@@ -7,6 +7,7 @@ from pathlib import Path
 
 from avs_dist.shards.feature_members import DTYPES
 from avs_dist.shards.members import FRAME_FORMATS
+from avs_dist.shards.video_member import VIDEO
 
 _FRAME_RULE = "one frame a second, the one at 15/16 of it (AVSBench)"
 CLIP_RULES = {
@@ -42,7 +43,7 @@ class BuildConfig:
     shard_mb: float = 128.0
     max_skipped: float = 0.01
     deadline_s: float = 60.0
-    frames: str = "png"
+    frames: str = "raw"
     decode_video: bool = False
     clip_s: int | None = None
     features: str = "float16"
@@ -54,6 +55,8 @@ class BuildConfig:
             raise ValueError(f"unknown source '{self.source}'; known: {', '.join(SOURCES)}")
         if self.frames not in FRAME_FORMATS:
             raise ValueError(f"unknown frame format '{self.frames}'; known: {', '.join(FRAME_FORMATS)}")
+        if self.frames == VIDEO and self.source == "avss":
+            raise ValueError("--frames video stores parts of films; avss has pictures only, use raw, png, webp or jpeg")
         if self.features not in DTYPES:
             raise ValueError(f"unknown type of features '{self.features}'; known: {', '.join(DTYPES)}")
         if not self.root.is_dir():

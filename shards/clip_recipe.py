@@ -16,6 +16,7 @@ from avs_dist.shards.schema import Sample
 from avs_dist.shards.sources import ClipJob, avsbench, avss, videos
 from avs_dist.shards.sources.metadata import read_prompts
 from avs_dist.shards.text import WordVectors
+from avs_dist.shards.video_member import VIDEO
 from avs_dist.shards.workers import ClipError, MediaWorker, VideoFacts
 
 
@@ -30,11 +31,11 @@ def clip_recipe(config: BuildConfig, pool: DecodePool) -> Recipe:
     vectors = WordVectors.load(config.word_vectors) if prompts else None
 
     def make(job: ClipJob, worker: MediaWorker) -> tuple[Sample, bytes]:
-        sample = make_sample(job, worker, config.size)
+        sample, video = make_sample(job, worker, config.size, config.frames == VIDEO)
         if vectors:
             prompt = prompts[job.meta["category"]]
             sample = replace(sample, text_WE=vectors.of(prompt), meta={**sample.meta, "prompt": prompt})
-        return sample, encode_clip(sample, config.frames)
+        return sample, encode_clip(sample, config.frames, video)
 
     settings = {
         **shared_settings(config, [_line(job, config.root) for job in jobs]),

@@ -1,18 +1,19 @@
 """The decoding process: reads media files with decord and PyAV. The only file that imports decord.
 
-It runs as a child of `workers.MediaWorker` (`python -m avs_dist.shards.decode FD`), because decord can loop for ever in
-native code while holding the interpreter lock: only killing the process ends that. It imports neither torch nor
-anything else that is slow to load. Requests and answers are JSON, pixels and samples follow as raw bytes.
+It runs as a child of `workers.MediaWorker` (`python -m avs_dist.shards.decode FD FD`), because decord can loop for ever
+in native code while holding the interpreter lock: only killing the process ends that. It imports neither torch nor
+anything else that is slow to load. Requests and answers are JSON; bytes, pixels and samples go through shared memory.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import resource
 import signal
 import sys
-from bisect import bisect_right
 from collections.abc import Iterator
-from fractions import Fraction
 from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -21,108 +22,30 @@ import av
 import decord
 import numpy as np
 
+from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.images import resize_bilinear
-from avs_dist.shards.schema import MAX_PIXELS
+from avs_dist.shards.video_cut import frames_by_pyav, open_member, parts
+from avs_dist.shards.video_file import INDEXED, Video
+from avs_dist.shards.video_member import DECODERS
 
-# Frame rule of AVSBench: the last of 16 sub-samples of each second stands for it.
-FRAME_OFFSET_S = 15 / 16
 # Decoders that keep state between packets (AAC, Vorbis, Opus) need a run-up after a seek.
 AUDIO_RUN_UP_S = 1.0
 # Timestamps of some containers jitter by milliseconds; only a larger jump is a gap in the sound.
 AUDIO_GAP_S = 0.1
-
-
-class Video:
-    """One opened video file: the time of every coded frame, and its pixels by decord or, where that fails, by PyAV."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        with av.open(path) as container:
-            stream: Any = container.streams.best("video")
-            if stream is None:
-                raise ValueError("no video stream")
-            self.index, self.time_base = stream.index, stream.time_base or Fraction(1, 1000)
-            self.width, self.height = stream.codec_context.width, stream.codec_context.height
-            rate = stream.average_rate
-            self.ticks = sorted(packet.pts for packet in container.demux(stream) if packet.pts is not None)
-        if not 0 < self.width * self.height <= MAX_PIXELS:
-            raise ValueError(f"frames of {self.width} x {self.height} pixels, the limit is {MAX_PIXELS} pixels")
-        if not self.ticks:
-            raise ValueError("the video stream holds no frame")
-        self.start_s = float(self.ticks[0] * self.time_base)
-        self.times_s = [float(tick * self.time_base) - self.start_s for tick in self.ticks]
-        span_s = self.times_s[-1]
-        self.fps = float(rate) if rate else (len(self.ticks) - 1) / span_s if span_s > 0 else 1.0
-        self.duration_s = span_s + 1.0 / self.fps
-        self._decord: Any = None
-
-    def frame_index(self, second: float) -> int:
-        """Coded frame that stands for the second that begins at `second`.
-
-        The published index int(second * round(fps) + 15/16 * round(fps)), where that frame is less than one frame
-        interval away from the moment it stands for: always at whole rates, and over AVSBench clips at NTSC rates.
-        Elsewhere (12.5 fps, variable rate, far into a long film) that index drifts; then the frame on show at
-        second + 15/16 by its timestamp.
-        """
-        moment, nominal = second + FRAME_OFFSET_S, round(self.fps)
-        published = int(second * nominal + FRAME_OFFSET_S * nominal)
-        last = len(self.times_s) - 1
-        if published <= last and abs(self.times_s[published] - moment) < 1.0 / self.fps:
-            return published
-        # half a millisecond of slack for containers that round timestamps
-        return min(max(0, bisect_right(self.times_s, moment + 5e-4) - 1), last)
-
-    def frames_decord(self, indices: list[int]) -> Iterator[np.ndarray]:
-        """uint8 RGB [H,W,3] of each index.
-
-        Raises:
-            ValueError: If decord sees another stream or another number of frames than the container has.
-        """
-        if self._decord is None:
-            self._decord = decord.VideoReader(self.path, num_threads=1)
-        if len(self._decord) != len(self.ticks):
-            raise ValueError(f"decord counts {len(self._decord)} frames, the container has {len(self.ticks)}")
-        frames_THWC = self._decord.get_batch(indices).asnumpy()
-        self._decord.seek(0)  # or it goes on decoding ahead and keeps the frames
-        if frames_THWC.shape[1:3] != (self.height, self.width):
-            raise ValueError(f"decord returns frames of {frames_THWC.shape[1:3]}, not {(self.height, self.width)}")
-        return iter(frames_THWC)
-
-    def frames_pyav(self, indices: list[int]) -> Iterator[np.ndarray]:
-        """The same by PyAV; where a frame cannot be decoded, the nearest earlier one of the last second stands in.
-
-        Raises:
-            ValueError: If nothing can be decoded in the second before a frame.
-        """
-        wanted = [self.ticks[i] for i in indices]
-        with av.open(self.path) as container:
-            stream = container.streams[self.index]
-            if self.times_s[indices[0]] > 1.0:
-                container.seek(wanted[0], stream=stream, backward=True)
-            shown: Any = None
-            decoded = _tolerant_decode(container, stream)
-            following = next(decoded, None)
-            for tick in wanted:
-                while following is not None and following.pts <= tick:
-                    shown, following = following, next(decoded, None)
-                if shown is None or (tick - shown.pts) * self.time_base > 1:
-                    raise ValueError(f"no frame can be decoded near {float(tick * self.time_base):.2f} s")
-                yield shown.to_ndarray(format="rgb24")
-
-
-def _tolerant_decode(container: Any, stream: Any) -> Iterator[Any]:
-    """Decoded frames; broken packets are passed over."""
-    for packet in container.demux(stream):
-        try:
-            yield from (frame for frame in packet.decode() if frame.pts is not None)
-        except av.error.FFmpegError:
-            continue
+# A film may come from a stranger: it must not take the memory of the training beside this process.
+MAX_MEMORY_BYTES = 8 * 2**30
 
 
 @lru_cache(maxsize=1)
 def open_video(path: str) -> Video:
     """Consecutive windows of a film share one opened file."""
     return Video(path)
+
+
+@lru_cache(maxsize=1)
+def open_decord(path: str) -> Any:
+    """The same for decord's reader."""
+    return decord.VideoReader(path, num_threads=1)
 
 
 def read_sound(path: str, start_s: float, seconds: int, zero_s: float) -> tuple[np.ndarray, int] | None:
@@ -169,47 +92,112 @@ def probe(path: str) -> dict[str, Any]:
     return {"fps": video.fps, "width": video.width, "height": video.height, "duration_s": video.duration_s}
 
 
-def decode(request: dict[str, Any], notify: Any) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """Frames and sound of one clip; see `workers.MediaWorker.decode` for the request."""
+def decode(request: dict[str, Any], notify: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Frames and sound of one clip, and the part of the film to be stored; see `workers.MediaWorker.decode`."""
     facts: dict[str, Any] = {"decoder": None, "rate": None}
     frames_THWC, mono_S = np.zeros((0, 0, 0, 3), dtype=np.uint8), np.zeros(0, dtype=np.float32)
-    zero_s, seconds = 0.0, request["seconds"]
+    zero_s, seconds, data = 0.0, request["seconds"], b""
     if request["video"]:
         video = open_video(request["video"])
         # a started second counts when at least half of it exists
         seconds = max(1, min(seconds, int(video.duration_s - request["start_s"] + 0.5)))
         indices = [video.frame_index(request["start_s"] + t) for t in range(seconds)]
         facts |= probe(request["video"])
-        facts["decoder"], frames_THWC = _decode_frames(video, indices, request, notify)
+        facts["decoder"], indices, frames_THWC = _decode_frames(video, indices, request, notify)
         zero_s = video.start_s if request["sound"] == request["video"] else 0.0
+        if request["store"]:
+            notify("storing", video.path)
+            facts["stored"], data = _stored(video, indices, frames_THWC, request)
     if request["sound"]:
         notify("sound", request["sound"])
         sound = read_sound(request["sound"], request["start_s"], seconds, zero_s)
         if sound is not None:
             mono_S, facts["rate"] = sound
-    return facts, frames_THWC, mono_S
+    answer = {"facts": facts, "shape": frames_THWC.shape, "samples": len(mono_S), "bytes": len(data)}
+    return answer, [frames_THWC, mono_S, np.frombuffer(data, np.uint8)]
 
 
-def _decode_frames(video: Video, indices: list[int], request: dict[str, Any], notify: Any) -> tuple[str, np.ndarray]:
-    """Name of the decoder that worked, and the frames at the wanted size."""
+def decode_member(data: bytes, suffix: str, decoder: str, at: list[int], size: int) -> np.ndarray:
+    """uint8 RGB [T,size,size,3] of a stored video; see `video_member.StoredVideo`.
 
-    def resized(frames: Iterator[np.ndarray]) -> np.ndarray:
-        return np.stack([resize_bilinear(frame, request["size"]) for frame in frames])
+    Raises:
+        ValueError, av.error.FFmpegError, decord.DECORDError: If it cannot be decoded.
+    """
+    if decoder == "pyav":
+        return frames_by_pyav(data, suffix, at, size)
+    with open_member(data, suffix) as container:  # as the container it is said to be, and not too large
+        if container.format.name not in INDEXED:
+            raise ValueError(f"decord does not read {suffix} reliably")
+    reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+    return np.stack([resize_bilinear(frame, size) for frame in reader.get_batch(at).asnumpy()])
 
-    if request["decoder"] == "pyav":
-        return "pyav", resized(video.frames_pyav(indices))
-    notify("decord", video.path)
-    try:
-        return "decord", resized(video.frames_decord(indices))
-    except (decord.DECORDError, ValueError):
-        notify("pyav", video.path)
-        return "pyav", resized(video.frames_pyav(indices))
+
+def _stored(
+    video: Video, indices: list[int], frames_THWC: np.ndarray, request: dict[str, Any]
+) -> tuple[dict[str, Any], bytes]:
+    """Facts of a `StoredVideo` and its bytes, of the first part of the film that is seen to give these very frames.
+
+    Raises:
+        ValueError: If none does.
+    """
+    for part in parts(video, indices):
+        places = {"pyav": [part.ticks[i] for i in part.indices], "decord": part.indices}
+        for decoder in DECODERS if request["decoder"] != "pyav" else ("pyav",):
+            facts = {"suffix": part.suffix, "decoder": decoder, "at": places[decoder], "size": request["size"]}
+            try:
+                if np.array_equal(decode_member(part.data, **facts), frames_THWC):
+                    return facts, part.data
+            except (ValueError, av.error.FFmpegError, decord.DECORDError):
+                continue
+    raise ValueError("no part of the film gives the same frames again, store it as pictures")
 
 
-def serve(connection: Connection) -> None:
-    """Answer requests until the parent goes away."""
+def _decode_frames(
+    video: Video, indices: list[int], request: dict[str, Any], notify: Any
+) -> tuple[str, list[int], np.ndarray]:
+    """Name of the decoder that worked, which frames it gave, and these at the wanted size."""
+
+    def resized(frames: Iterator[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
+        shown = [(index, resize_bilinear(frame, request["size"])) for index, frame in frames]
+        return [index for index, _ in shown], np.stack([frame for _, frame in shown])
+
+    if request["decoder"] != "pyav":
+        notify("decord", video.path)
+        try:
+            return "decord", *resized(_frames_decord(video, indices))
+        except (decord.DECORDError, ValueError):
+            notify("pyav", video.path)
+    return "pyav", *resized(video.frames_pyav(indices))
+
+
+def _frames_decord(video: Video, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Index and uint8 RGB [H,W,3] of each index.
+
+    Raises:
+        ValueError: If decord does not read such files reliably, or sees another stream or another number of frames.
+    """
+    if not video.indexed:
+        raise ValueError(f"decord does not read {video.container} reliably")
+    reader = open_decord(video.path)
+    if len(reader) != len(video.ticks):
+        raise ValueError(f"decord counts {len(reader)} frames, the container has {len(video.ticks)}")
+    frames_THWC = reader.get_batch(indices).asnumpy()
+    reader.seek(0)  # or it goes on decoding ahead and keeps the frames
+    if frames_THWC.shape[1:3] != (video.height, video.width):
+        raise ValueError(f"decord returns frames of {frames_THWC.shape[1:3]}, not {(video.height, video.width)}")
+    return zip(indices, frames_THWC, strict=True)
+
+
+def serve(connection: Connection, memory: int) -> None:
+    """Answer requests until the parent goes away.
+
+    Args:
+        connection: For messages; they are short, so that neither side waits for the other to take them.
+        memory: Descriptor of the memory that all bytes, pixels and samples go through, both ways.
+    """
     decord.logging.set_level(decord.logging.QUIET)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends its children
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
 
     def tell(**message: Any) -> None:
         connection.send_bytes(json.dumps(message).encode())
@@ -223,21 +211,25 @@ def serve(connection: Connection) -> None:
         # Default action of SIGALRM: the kernel ends a process that is stuck in native code after its parent died.
         signal.alarm(int(request["deadline_s"]) + 10)
         try:
-            if request["kind"] == "probe":
-                tell(status="done", facts=probe(request["video"]))
-            else:
-                facts, frames_THWC, mono_S = decode(
-                    request, lambda stage, path: tell(status="stage", stage=stage, path=path)
-                )
-                tell(status="done", facts=facts, shape=frames_THWC.shape, samples=len(mono_S))
-                if frames_THWC.size:
-                    connection.send_bytes(np.ascontiguousarray(frames_THWC).data.cast("B"))
-                if mono_S.size:
-                    connection.send_bytes(mono_S.data.cast("B"))
+            answer, arrays = _answer(request, memory, lambda stage, path: tell(status="stage", stage=stage, path=path))
+            os.ftruncate(memory, 0)
+            os.pwritev(memory, [np.ascontiguousarray(array).data.cast("B") for array in arrays if array.size], 0)
+            tell(status="done", **answer)
         except Exception as error:  # any failure belongs to the clip, not to the worker
-            tell(status="failed", reason=f"{type(error).__name__}: {error}")
+            kind = error.kind if isinstance(error, ClipFault) else "video"
+            tell(status="failed", kind=kind, reason=f"{type(error).__name__}: {error}")
         signal.alarm(0)
 
 
+def _answer(request: dict[str, Any], memory: int, notify: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Message to answer a request with, and what goes through the memory."""
+    if request["kind"] == "probe":
+        return {"facts": probe(request["video"])}, []
+    if request["kind"] == "member":
+        frames_THWC = decode_member(os.pread(memory, request["bytes"], 0), **request["stored"])
+        return {"shape": frames_THWC.shape}, [frames_THWC]
+    return decode(request, notify)
+
+
 if __name__ == "__main__":
-    serve(Connection(int(sys.argv[1])))
+    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -10,20 +10,25 @@ from avs_dist.shards.audio import clip_log_mel, sound_flag
 from avs_dist.shards.images import read_binary_mask, read_class_mask, read_frame
 from avs_dist.shards.schema import Sample
 from avs_dist.shards.sources import ClipJob
+from avs_dist.shards.video_member import StoredVideo
 from avs_dist.shards.workers import ClipError, MediaWorker
 
 
-def make_sample(job: ClipJob, worker: MediaWorker, size: int) -> Sample:
-    """Make one clip.
+def make_sample(
+    job: ClipJob, worker: MediaWorker, size: int, store_video: bool = False
+) -> tuple[Sample, StoredVideo | None]:
+    """Make one clip; with `store_video` also the part of its film that gives the same frames.
 
     Raises:
         ClipError, ValueError, OSError: If it cannot be made; the message names the files.
     """
     if job.problem:
         raise ClipError(job.problem)
+    if store_video and job.video is None:
+        raise ClipError(f"{job.path} has extracted frames, no film to store: add --decode-video or use other --frames")
     # of a clip with extracted frames only the sound is decoded
     wanted = len(job.frames) or job.seconds
-    media = worker.decode(job.video, job.sound, job.start_s, wanted, size)
+    media = worker.decode(job.video, job.sound, job.start_s, wanted, size, store_video)
     meta: dict[str, Any] = {**job.meta, "start_s": job.start_s, "decoder": media.decoder or "png"}
     if job.frames:
         pictures = [read_frame(path, size, job.fit) for path in job.frames]
@@ -41,7 +46,7 @@ def make_sample(job: ClipJob, worker: MediaWorker, size: int) -> Sample:
     waveform_S = media.waveform_S if media.waveform_S is not None else np.zeros(0, dtype=np.float32)
     mel_TFM = clip_log_mel(waveform_S, media.sample_rate_hz or 16_000, seconds).numpy()
     meta |= {"sound": sound_flag(media.waveform_S), "sample_rate_hz": media.sample_rate_hz}
-    return Sample(job.name, frames_THWC, mel_TFM, masks_THW, labelled_T, meta)
+    return Sample(job.name, frames_THWC, mel_TFM, masks_THW, labelled_T, meta), media.stored
 
 
 def _read_masks(job: ClipJob, originals: list[tuple[int, int]], size: int) -> tuple[np.ndarray, np.ndarray]:

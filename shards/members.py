@@ -5,91 +5,151 @@ The layout is written down in README.md, key by key.
 
 from __future__ import annotations
 
-import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from avs_dist.shards import segment
-from avs_dist.shards.images import open_image
-from avs_dist.shards.schema import MEL_BANDS, MEL_FRAMES, Sample
-from avs_dist.shards.segment import decode_npy, encode_facts, encode_npy, member, tar_segment
+from avs_dist.shards.faults import ClipFault
+from avs_dist.shards.frames import PICTURES, RAW, decode_frames, decode_masks, encode_frames, encode_masks
+from avs_dist.shards.schema import ENCODED_CHANNELS, MEL_BANDS, MEL_FRAMES, Sample
+from avs_dist.shards.segment import Members, decode_npy, encode_facts, encode_npy, finite, tar_segment
+from avs_dist.shards.video_member import VIDEO, StoredVideo, check_stored_video
+from avs_dist.shards.workers import MediaWorker
 
-FRAME_FORMATS = ("png", "jpeg")
+FRAME_FORMATS = (RAW, *PICTURES, VIDEO)
 TEXT_MEMBER = "text.npy"
+MEL_MEMBER, AUDIO_MEMBER = "mel.npy", "audio.npy"
+_OURS = ("name", "seconds", "labelled", "frame_format", VIDEO)
 
 
-def encode_clip(sample: Sample, frame_format: str = "png") -> bytes:
+class Sound(NamedTuple):
+    """Sound of a clip of T seconds.
+
+    mel_TFM:  float32 [T,96,64], VGGish log-mel examples.
+    audio_TD: float32 [T,128], stored output of a frozen audio encoder, or None.
+    """
+
+    mel_TFM: np.ndarray
+    audio_TD: np.ndarray | None
+
+
+def encode_clip(sample: Sample, frame_format: str = RAW, video: StoredVideo | None = None) -> bytes:
     """Bytes of the tar segment that holds one clip (headers, data, padding; no end-of-archive blocks).
+
+    Args:
+        frame_format: One of FRAME_FORMATS.
+        video: What is stored in place of the frames, for "video": it must decode to them.
 
     Raises:
         ValueError: If the arrays disagree in shape, or a member is larger than readers accept.
     """
     _check_shapes(sample)
-    seconds = sample.seconds
-    facts = {**sample.meta, "name": sample.name, "seconds": seconds}
-    facts["labelled"] = [t for t in range(seconds) if sample.labelled_T[t]]
+    facts: dict[str, Any] = {**sample.meta, "name": sample.name, "seconds": sample.seconds}
+    facts["labelled"] = np.flatnonzero(sample.labelled_T).tolist()
     facts["frame_format"] = frame_format
-    members = {"json": encode_facts(facts)}
-    for t in range(seconds):
-        members[f"frame{t}.{_suffix(frame_format)}"] = _encode_image(sample.frames_THWC[t], frame_format)
-    for t in facts["labelled"]:
-        members[f"mask{t}.png"] = _encode_image(sample.masks_THW[t], "png")
-    members["mel.npy"] = encode_npy(sample.mel_TFM.astype(np.float32, copy=False))
-    if sample.text_WE is not None:
-        members[TEXT_MEMBER] = encode_npy(sample.text_WE.astype(np.float32, copy=False))
+    if frame_format == VIDEO:
+        if video is None:
+            raise ValueError(f"clip {sample.name}: frames stored as video need the video")
+        facts[VIDEO] = video.facts
+        members = {video.member: video.data}
+    else:
+        members = encode_frames(sample.frames_THWC, frame_format)
+    members |= encode_masks(sample.masks_THW, facts["labelled"], frame_format)
+    members["json"] = encode_facts(facts)
+    arrays = {MEL_MEMBER: sample.mel_TFM, AUDIO_MEMBER: sample.audio_TD, TEXT_MEMBER: sample.text_WE}
+    members |= {name: encode_npy(a.astype(np.float32, copy=False)) for name, a in arrays.items() if a is not None}
     return tar_segment(sample.name, members)
 
 
-def decode_clip(members: dict[str, bytes], mel_TFM: np.ndarray | None = None) -> Sample:
-    """Sample from its members (names without the key); `mel_TFM` replaces the stored sound.
+def decode_clip(members: Members, sound: Sound | None = None, media: MediaWorker | None = None) -> Sample:
+    """Sample from its members (names without the key).
+
+    Arrays are views of the members where these are writable memory.
+
+    Args:
+        sound: Replaces the stored one.
+        media: Decodes frames that are stored as video.
 
     Raises:
-        ValueError: If a member is missing, damaged, too large or of another shape than the rest.
+        ClipFault: If a member is missing, damaged, too large or of another shape than the rest.
+        ValueError: If the frames are stored as video and there is no `media`.
     """
     facts = decode_facts(members)
-    seconds, suffix = facts["seconds"], _suffix(facts["frame_format"])
-    frames_THWC = np.stack([_decode_image(members, f"frame{t}.{suffix}", "RGB") for t in range(seconds)])
-    masks_THW = np.zeros(frames_THWC.shape[:3], dtype=np.uint8)
+    seconds, frame_format = facts["seconds"], facts["frame_format"]
+    if frame_format != VIDEO:
+        frames_THWC = decode_frames(members, seconds, frame_format)
+    elif media is not None:
+        stored = StoredVideo.of(facts[VIDEO], members)
+        frames_THWC = media.decode_member(stored)
+    else:
+        raise ValueError(f"clip {facts['name']} holds a video: it takes a MediaWorker to decode it")
+    shape_THW = (seconds, frames_THWC.shape[1], frames_THWC.shape[2])
+    masks_THW = decode_masks(members, facts["labelled"], shape_THW, frame_format)
     labelled_T = np.zeros(seconds, dtype=bool)
-    for t in facts["labelled"]:
-        mask_HW = _decode_image(members, f"mask{t}.png", "L")
-        if mask_HW.shape != masks_THW.shape[1:]:
-            raise ValueError(f"mask{t}.png is {mask_HW.shape}, the frames are {masks_THW.shape[1:]}")
-        masks_THW[t], labelled_T[t] = mask_HW, True
-    mel = decode_mel(members, seconds) if mel_TFM is None else mel_TFM
-    meta = {k: v for k, v in facts.items() if k not in ("name", "seconds", "labelled", "frame_format")}
-    return Sample(facts["name"], frames_THWC, mel, masks_THW, labelled_T, meta, _decode_text(members))
+    labelled_T[facts["labelled"]] = True
+    sound = sound or decode_sound(members, seconds)
+    meta = {k: v for k, v in facts.items() if k not in _OURS}
+    return Sample(
+        name=facts["name"],
+        frames_THWC=frames_THWC,
+        mel_TFM=sound.mel_TFM,
+        masks_THW=masks_THW,
+        labelled_T=labelled_T,
+        meta=meta,
+        text_WE=_decode_text(members),
+        audio_TD=sound.audio_TD,
+    )
 
 
-def decode_facts(members: dict[str, bytes]) -> dict[str, Any]:
-    """The clip's json member, checked for what the decoder relies on."""
+def decode_facts(members: Members) -> dict[str, Any]:
+    """The clip's json member, checked for what the decoder relies on.
+
+    Raises:
+        ClipFault: If it is missing or unusable.
+    """
     facts = segment.decode_facts(members)
-    seconds = facts["seconds"]
-    if not all(isinstance(t, int) and 0 <= t < seconds for t in facts.get("labelled", [])):
-        raise ValueError(f"json: 'labelled' names seconds outside 0..{seconds - 1}: {facts['labelled']}")
+    seconds, labelled = facts["seconds"], facts.setdefault("labelled", [])
+    in_range = isinstance(labelled, list) and all(type(t) is int and 0 <= t < seconds for t in labelled)
+    if not in_range or len({*labelled}) < len(labelled):
+        message = f"json: 'labelled' must list different seconds of 0..{seconds - 1}, got {labelled!r:.80}"
+        raise ClipFault("schema", message)
     if facts.get("frame_format") not in FRAME_FORMATS:
-        raise ValueError(f"json: 'frame_format' must be one of {FRAME_FORMATS}, got {facts.get('frame_format')!r}")
-    return {"labelled": [], **facts}
+        message = f"json: 'frame_format' must be one of {FRAME_FORMATS}, got {facts.get('frame_format')!r:.80}"
+        raise ClipFault("schema", message)
+    if facts["frame_format"] == VIDEO:
+        check_stored_video(facts.get(VIDEO), seconds)
+    return facts
 
 
-def decode_mel(members: dict[str, bytes], seconds: int) -> np.ndarray:
-    """float32 [seconds,96,64]."""
-    mel = decode_npy(members, "mel.npy")
-    if mel.dtype != np.float32 or mel.shape != (seconds, MEL_FRAMES, MEL_BANDS):
-        raise ValueError(f"mel.npy is {mel.dtype} {mel.shape}, expected float32 {(seconds, MEL_FRAMES, MEL_BANDS)}")
-    return mel
+def decode_sound(members: Members, seconds: int) -> Sound:
+    """The sound of a clip of so many seconds.
+
+    Raises:
+        ClipFault: If a member is missing, damaged, of another shape, or not finite.
+    """
+    mel_TFM = _decode_floats(members, MEL_MEMBER, (seconds, MEL_FRAMES, MEL_BANDS))
+    if AUDIO_MEMBER not in members:
+        return Sound(mel_TFM, None)
+    return Sound(mel_TFM, _decode_floats(members, AUDIO_MEMBER, (seconds, ENCODED_CHANNELS)))
 
 
-def _decode_text(members: dict[str, bytes]) -> np.ndarray | None:
+def _decode_floats(members: Members, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = decode_npy(members, name)
+    if array.dtype != np.float32 or array.shape != shape:
+        raise ClipFault("array", f"{name} is {array.dtype} {array.shape}, expected float32 {shape}")
+    return finite(array, name)
+
+
+def _decode_text(members: Members) -> np.ndarray | None:
     """float32 [W,E] of a clip with a prompt."""
     if TEXT_MEMBER not in members:
         return None
     text_WE = decode_npy(members, TEXT_MEMBER)
-    if text_WE.dtype != np.float32 or text_WE.ndim != 2 or not text_WE.size or not np.isfinite(text_WE).all():
-        raise ValueError(f"{TEXT_MEMBER} is {text_WE.dtype} {text_WE.shape}, expected finite float32 [words, values]")
-    return text_WE
+    if text_WE.dtype != np.float32 or text_WE.ndim != 2 or not text_WE.size:
+        message = f"{TEXT_MEMBER} is {text_WE.dtype} {text_WE.shape}, expected finite float32 [words, values]"
+        raise ClipFault("array", message)
+    return finite(text_WE, TEXT_MEMBER)
 
 
 def _check_shapes(sample: Sample) -> None:
@@ -99,28 +159,8 @@ def _check_shapes(sample: Sample) -> None:
         "masks_THW": (sample.masks_THW, (seconds, height, width)),
         "labelled_T": (sample.labelled_T, (seconds,)),
         "mel_TFM": (sample.mel_TFM, (seconds, MEL_FRAMES, MEL_BANDS)),
+        "audio_TD": (sample.audio_TD, (seconds, ENCODED_CHANNELS)),
     }
     for name, (array, shape) in expected.items():
-        if array.shape != shape:
+        if array is not None and array.shape != shape:
             raise ValueError(f"clip {sample.name}: {name} is {array.shape}, expected {shape}")
-
-
-def _suffix(frame_format: str) -> str:
-    return "jpg" if frame_format == "jpeg" else frame_format
-
-
-def _encode_image(pixels: np.ndarray, image_format: str) -> bytes:
-    data = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(pixels, dtype=np.uint8))
-    if image_format == "jpeg":
-        image.save(data, "JPEG", quality=95, subsampling=0)
-    else:
-        image.save(data, "PNG", compress_level=6)
-    return data.getvalue()
-
-
-def _decode_image(members: dict[str, bytes], name: str, mode: str) -> np.ndarray:
-    image = open_image(io.BytesIO(member(members, name)), name)
-    if image.format not in ("PNG", "JPEG") or image.mode != mode:
-        raise ValueError(f"{name} is {image.format} of mode {image.mode}, expected mode {mode}")
-    return np.array(image)
