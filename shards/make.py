@@ -10,8 +10,9 @@ from avs_dist.shards.audio import clip_log_mel, sound_flag
 from avs_dist.shards.images import read_binary_mask, read_class_mask, read_frame
 from avs_dist.shards.schema import Sample
 from avs_dist.shards.sources import ClipJob
+from avs_dist.shards.stored_mel import mel_flag, read_stored_mel
 from avs_dist.shards.video_member import StoredVideo
-from avs_dist.shards.workers import ClipError, MediaWorker
+from avs_dist.shards.workers import ClipError, Media, MediaWorker
 
 
 def make_sample(
@@ -28,7 +29,11 @@ def make_sample(
         raise ClipError(f"{job.path} has extracted frames, no film to store: add --decode-video or use other --frames")
     # of a clip with extracted frames only the sound is decoded
     wanted = len(job.frames) or job.seconds
-    media = worker.decode(job.video, job.sound, job.start_s, wanted, size, store_video)
+    sound = None if job.mel else job.sound
+    if job.video or sound:
+        media = worker.decode(job.video, sound, job.start_s, wanted, size, store_video)
+    else:
+        media = Media(frames_THWC=None, waveform_S=None, sample_rate_hz=0, video=None, decoder=None)
     meta: dict[str, Any] = {**job.meta, "start_s": job.start_s, "decoder": media.decoder or "png"}
     if job.frames:
         pictures = [read_frame(path, size, job.fit) for path in job.frames]
@@ -43,10 +48,19 @@ def make_sample(
         meta |= {"fps": media.video.fps, "width": media.video.width, "height": media.video.height}
     seconds = len(frames_THWC)
     masks_THW, labelled_T = _read_masks(job, originals, size)
+    mel_TFM, sound_facts = _log_mel(job, media, seconds)
+    meta |= sound_facts
+    return Sample(job.name, frames_THWC, mel_TFM, masks_THW, labelled_T, meta), media.stored
+
+
+def _log_mel(job: ClipJob, media: Media, seconds: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """float32 [T,96,64], computed or as published, and the facts of the sound."""
+    if job.mel:
+        mel_TFM = read_stored_mel(job.mel, seconds)
+        return mel_TFM, {"sound": mel_flag(mel_TFM), "sample_rate_hz": 0, "mel": "stored"}
     waveform_S = media.waveform_S if media.waveform_S is not None else np.zeros(0, dtype=np.float32)
     mel_TFM = clip_log_mel(waveform_S, media.sample_rate_hz or 16_000, seconds).numpy()
-    meta |= {"sound": sound_flag(media.waveform_S), "sample_rate_hz": media.sample_rate_hz}
-    return Sample(job.name, frames_THWC, mel_TFM, masks_THW, labelled_T, meta), media.stored
+    return mel_TFM, {"sound": sound_flag(media.waveform_S), "sample_rate_hz": media.sample_rate_hz}
 
 
 def _read_masks(job: ClipJob, originals: list[tuple[int, int]], size: int) -> tuple[np.ndarray, np.ndarray]:
