@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from avs_dist.shards.files import sync_directory
@@ -35,20 +36,29 @@ class ShardWriter:
         Raises:
             ValueError: If the segment is larger than readers accept.
         """
-        if len(segment) > MAX_CLIP_BYTES:
-            raise ValueError(f"clip {sample.name} has {len(segment)} bytes, readers accept {MAX_CLIP_BYTES}")
         entry = ClipEntry(
             key=key_of(sample.name),
             name=sample.name,
-            offset=self.bytes,
-            length=len(segment),
-            crc32=zlib.crc32(segment),
+            offset=0,
+            length=0,
+            crc32=0,
             seconds=sample.seconds,
             labelled=sample.labelled_seconds,
             sound=sample.sound,
         )
+        self.append(entry, segment)
+
+    def append(self, entry: ClipEntry, segment: bytes) -> None:
+        """Append the tar segment of a clip that `entry` describes, wherever that says it lies.
+
+        Raises:
+            ValueError: If the segment is larger than readers accept.
+        """
+        if len(segment) > MAX_CLIP_BYTES:
+            raise ValueError(f"clip {entry.name} has {len(segment)} bytes, readers accept {MAX_CLIP_BYTES}")
+        placed = replace(entry, offset=self.bytes, length=len(segment), crc32=zlib.crc32(segment))
         self._write(segment)
-        self._clips.append(entry)
+        self._clips.append(placed)
 
     def close(self) -> ShardEntry:
         """End the archive, flush it to disk, give it its name."""
