@@ -42,7 +42,7 @@ def test_members_come_back():
         *("audio.npy", "json", "labels_audio.npy", "labels_visual.npy", "text.npy", "visual.npy")
     ]
     assert json.loads(members["json"]) == {
-        "name": "a.b/ü", "kind": "features", "seconds": 10, "category": "x", "prompt": "y"
+        "name": "a.b/ü", "kind": "features", "seconds": 10, "category": "x", "prompt": "y", "schema_version": 1
     }  # fmt: skip
     found = decode_features(members)
     assert (found.name, found.meta) == (sample.name, sample.meta)

@@ -222,7 +222,7 @@ def test_text_of_a_clip_is_checked(s4: Path, tmp_path: Path):
     np.testing.assert_array_equal(found, np.ones((2, 3), np.float32), strict=True)
     bad = (np.ones((2, 3)), np.ones(3, np.float32), np.ones((0, 3), np.float32), np.full((1, 1), np.nan, np.float32))
     for text_WE in bad:
-        with pytest.raises(ValueError, match="text.npy is .*, expected finite float32"):
+        with pytest.raises(ValueError, match=r"text\.npy (is .*, expected finite float32|holds infinite)"):
             decode_clip({**members, "text.npy": encode_npy(text_WE)})
 
 
