@@ -18,7 +18,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "synth": "make a synthetic benchmark of real media files",
-    "shards": "build, verify or describe tar shards",
+    "shards": "build, embed, verify or describe tar shards",
     "train": "train a system",
     "evaluate": "measure a checkpoint, with real, muted or swapped sound",
     "downstream": "measure what codes carry over between modalities: classify, localise, retrieve",

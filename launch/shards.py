@@ -1,4 +1,4 @@
-"""Build tar shards from raw clips, check them, describe them.
+"""Build tar shards from raw clips, add the output of a frozen audio encoder, check them, describe them.
 
 Shards are plain tar files plus an index.json; training, evaluation and prediction read them by byte ranges.
 """
@@ -13,6 +13,7 @@ import torch
 
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
+from avs_dist.launch.shards_embed import embed_command, embed_parser
 from avs_dist.shards.build import build
 from avs_dist.shards.build_config import SENTENCE, BuildConfig
 from avs_dist.shards.index import ShardIndex
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     info_help = "print what a folder of shards holds"
     actions = (
         ("build", _build_parser(), "turn raw clips into shards"),
+        ("embed", embed_parser(), "copy shards with the output of a frozen audio encoder"),
         ("verify", _folder_parser(verify_help), verify_help),
         ("info", _folder_parser(info_help), info_help),
     )
@@ -58,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments[arguments.action]
     if arguments.action == "build":
         return _build(options)
+    if arguments.action == "embed":
+        return embed_command(options)
     index = ShardIndex.load(options.directory)
     if arguments.action == "info":
         print(describe(index))

@@ -92,8 +92,11 @@ class Records:
                 "with a higher --max-skipped"
             )
 
-    def finish(self) -> ShardIndex:
+    def finish(self, more_settings: dict[str, Any] | None = None) -> ShardIndex:
         """Write index.json and drop the records.
+
+        Args:
+            more_settings: What the settings of the index also tell.
 
         Raises:
             RuntimeError: If there is no shard.
@@ -102,7 +105,7 @@ class Records:
         skipped = self._skipped()
         if not shards:
             raise RuntimeError(f"no usable clip: {_reasons(skipped)}")
-        index = ShardIndex(self._out, self._settings, tuple(shards), tuple(skipped))
+        index = ShardIndex(self._out, self._settings | (more_settings or {}), tuple(shards), tuple(skipped))
         index.save()
         shutil.rmtree(self._folder)
         return index

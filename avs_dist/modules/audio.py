@@ -78,8 +78,13 @@ class LogMelCNN(nn.Module):
         return F.relu(self.embedding(pooled_NCM.flatten(1)))
 
 
-def build_audio_encoder(kind: Literal["vggish", "logmel_cnn"], weights: str | None, load: bool = True) -> nn.Module:
+def build_audio_encoder(
+    kind: Literal["vggish", "logmel_cnn"], weights: str | None, load: bool = True, key: str = "model.audio.weights"
+) -> nn.Module:
     """The encoder of model.audio; `load=False` leaves VGGish without its weights, for a checkpoint to fill.
+
+    Args:
+        key: names the weights in errors.
 
     Raises:
         ValueError: VGGish without weights, or with weights that do not fit.
@@ -96,10 +101,10 @@ def build_audio_encoder(kind: Literal["vggish", "logmel_cnn"], weights: str | No
             "https://github.com/harritaylor/torchvggish/releases and set model.audio.weights to that file, or set "
             "model.audio.kind=logmel_cnn to train a small encoder from scratch"
         )
-    result: Any = encoder.load_state_dict(read_state_dict(Path(weights), "model.audio.weights"), strict=False)
+    result: Any = encoder.load_state_dict(read_state_dict(Path(weights), key), strict=False)
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(
-            f"model.audio.weights: {weights} is not VGGish: missing {result.missing_keys[:4]}, "
+            f"{key}: {weights} is not VGGish: missing {result.missing_keys[:4]}, "
             f"unexpected {result.unexpected_keys[:4]}"
         )
     return encoder
