@@ -11,7 +11,7 @@ from avs_dist.shards.index import ShardIndex
 
 
 def weights_sha256(encoder: nn.Module) -> str:
-    """SHA-256 of the weights, whatever file they came from: of the names and float32 values of all tensors, in order."""
+    """SHA-256 of the names and float32 values of all tensors, so that it does not depend on the kind of the file."""
     sha256 = hashlib.sha256()
     for name, value in sorted(encoder.state_dict().items()):
         sha256.update(name.encode())

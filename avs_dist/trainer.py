@@ -19,6 +19,7 @@ from avs_dist.engine import Engine, stop
 from avs_dist.loader import TrainBatches
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
+from avs_dist.stored_audio import check_stored_audio
 from avs_dist.systems import build_system
 from avs_dist.tasks import build_task
 
@@ -53,6 +54,7 @@ def _train(config: Config, device: torch.device) -> Path:
     facts["word_vectors"] = _word_vectors(config, index, begin)
     if init_from:
         checkpoint.load_weights(system, init_from)
+    check_stored_audio(system, index)
     engine = Engine(system, config, device)
     done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
     batches = TrainBatches(config, index, done)

@@ -85,10 +85,11 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
     """The system of a checkpoint and its config, with `shards` in place of those of the training if given.
 
     Raises:
-        ValueError: frames, classes or word vectors of the shards are not those of the training.
+        ValueError: frames, classes, word vectors or stored sound of the shards are not those of the training.
     """
     from avs_dist.checkpoint import check_classes, check_word_vectors, image_size, load_system
     from avs_dist.shards.index import ShardIndex
+    from avs_dist.stored_audio import check_stored_audio
 
     system, config = load_system(checkpoint, device)
     if shards is not None:
@@ -102,6 +103,7 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
         raise ValueError(f"trained on {trained} x {trained} frames, {config.data.shards} holds {built} x {built}")
     check_classes(checkpoint, index.classes, config.data.shards)
     check_word_vectors(checkpoint, index.word_vectors, config.data.shards)
+    check_stored_audio(system, index)
     return system, config
 
 

@@ -175,8 +175,14 @@ class ShardIndex:
     @property
     def kind_of_clips(self) -> dict[str, Any]:
         """What clips must have in common to share a batch, by name of the setting."""
-        names = ("classes", "events", "feature_shapes", "word_vectors", AUDIO_ENCODER)
-        return {"kind": self.kind, "image_size": self.image_size} | {name: self.settings.get(name) for name in names}
+        names = ("classes", "events", "feature_shapes", "word_vectors")
+        encoder = self.audio_encoder or {}
+        return {
+            "kind": self.kind,
+            "image_size": self.image_size,
+            **{name: self.settings.get(name) for name in names},
+            AUDIO_ENCODER: [encoder.get(name) for name in ("kind", "weights_sha256")],
+        }
 
     @property
     def clip_seconds(self) -> int:
