@@ -16,6 +16,7 @@ from avs_dist.launch.parser import Parser
 from avs_dist.launch.shards_embed import embed_command, embed_parser
 from avs_dist.shards.build import build
 from avs_dist.shards.build_config import SENTENCE, BuildConfig
+from avs_dist.shards.check import check
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.schema import INDEX_FILE
 from avs_dist.shards.verify import describe, verify
@@ -26,6 +27,7 @@ Sources:
   avsbench-s4    the folder Single-source/ of AVSBench (or the folder that holds it)
   avsbench-ms3   the folder Multi-sources/ of AVSBench (or the folder that holds it)
   avss           the folder avs_released/ of AVSBench-semantic (or the folder that holds it)
+  vggsound       vggsound.csv (id, start, label, split) and its videos in any folders; no masks; lost ones are left out
   videos         every media file below --root, cut into windows of --clip-s seconds, without masks, split "test"
   vggsound-avel  stored features: vggsound-avel*.csv and a zip for each clip in feature/{video,audio,label}/zip/
   ave            stored features: {visual_feature,audio_feature,labels,train_order,val_order,test_order}.h5
@@ -38,6 +40,9 @@ reason in index.json. Pictures of avss are squashed to --size in val and test an
 as published; its masks tell the classes by colour. Stored features are converted once, their pickles read without
 unpickling; shards/README.md tells the details. The build can be killed at any time: the same command goes on where
 it stopped.
+
+With --check nothing is built or written (--out is not needed): what is on disk is compared with the list of the source,
+and the list with the published counts; exit 1 when something is missing.
 """
 
 
@@ -71,11 +76,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _build_parser() -> Parser:
     parser = Parser(description=BUILD_HELP)
-    kind = Literal["avsbench-s4", "avsbench-ms3", "avss", "videos", "vggsound-avel", "ave", "avvp", "feature-list"]
+    clips = Literal["avsbench-s4", "avsbench-ms3", "avss", "vggsound", "videos"]
+    features = Literal["vggsound-avel", "ave", "avvp", "feature-list"]
     add = parser.add_argument
-    add("--source", type=kind, required=True, help="layout of the raw clips, see above")
+    add("--source", type=Literal[clips, features], required=True, help="layout of the raw clips, see above")
     add("--root", type=Path, required=True, help="folder of the raw clips")
-    add("--out", type=Path, required=True, help="folder of the shards; a build that was interrupted goes on")
+    add("--out", type=Path | None, help="folder of the shards; a build that was interrupted goes on")
+    add("--check", action="store_true", help="only tell what is missing on disk and what is not listed")
     add("--size", type=int, default=224, help="side of frames and masks; aspect not kept, but in train of avss")
     add("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes")
     add("--shard-mb", type=float, default=128.0, help="a shard ends when it has reached this size in MB")
@@ -83,7 +90,8 @@ def _build_parser() -> Parser:
     add("--deadline-s", type=float, default=60.0, help="longest time for decoding one clip")
     add("--frames", type=Literal["raw", "png", "webp", "jpeg", "video"], default="raw", help=FRAMES_HELP)
     add("--decode-video", action="store_true", help="AVSBench: decode raw_videos although visual_frames are there")
-    add("--clip-s", type=int | None, help="longest clip in seconds (default: 10 for avss and features, else 5)")
+    add("--stored-mel", action="store_true", help="AVSBench: take the log-mel from audio_log_mel, not from the sound")
+    add("--clip-s", type=int | None, help="longest clip in seconds (default: 10; 5 for avsbench and videos)")
     add("--features", type=Literal["float16", "float32"], default="float16", help="features: type of the stored values")
     add("--word-vectors", type=Path | None, help="safetensors or GloVe file (default: vectors made from the words)")
     prompts_help = "avsbench-s4: add prompts, from a csv with label and prompt or, without one, sentences"
@@ -98,9 +106,16 @@ def _folder_parser(description: str) -> Parser:
 
 
 def _build(options: Any) -> int:
+    settings = dict(vars(options))
+    if settings.pop("check"):
+        report = check(BuildConfig(**{**settings, "out": options.root}))  # it writes nothing
+        print(report)
+        return 1 if report.missing else 0
+    if options.out is None:
+        raise ValueError("--out, the folder of the shards, is missing (only --check needs none)")
     torch.set_num_threads(1)  # the clips are what runs in parallel
     finished_before = (options.out / INDEX_FILE).is_file()
-    index = build(BuildConfig(**vars(options)))
+    index = build(BuildConfig(**settings))
     if finished_before:
         print(f"{options.out} was already built: nothing done")
     print(describe(index))

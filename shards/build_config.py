@@ -15,6 +15,7 @@ CLIP_RULES = {
     "avsbench-ms3": f"AVSBench MS3 folders; {_FRAME_RULE}; all masks",
     "avss": "AVSBench-semantic folders; published frames, squashed in val and test, cropped to the middle in train; "
     "classes by colour; first mask only in train of v1s",
+    "vggsound": f"VGGSound videos, from their start; {_FRAME_RULE}; no masks; those that are there",
     "videos": f"consecutive windows of media files; {_FRAME_RULE}; no masks; split test",
 }
 FEATURE_RULES = {
@@ -26,7 +27,7 @@ FEATURE_RULES = {
 }
 SOURCE_RULES = CLIP_RULES | FEATURE_RULES
 SOURCES = tuple(SOURCE_RULES)
-_LONGEST_S = {"avss": 10} | dict.fromkeys(FEATURE_RULES, 10)
+_LONGEST_S = {"avss": 10, "vggsound": 10} | dict.fromkeys(FEATURE_RULES, 10)
 # value of `prompts` that needs no file
 SENTENCE = "sentence"
 
@@ -45,6 +46,7 @@ class BuildConfig:
     deadline_s: float = 60.0
     frames: str = "raw"
     decode_video: bool = False
+    stored_mel: bool = False
     clip_s: int | None = None
     features: str = "float16"
     word_vectors: Path | None = None
@@ -67,6 +69,8 @@ class BuildConfig:
             raise ValueError(f"--max-skipped is a fraction from 0 to 1, got {self.max_skipped:g}")
         if self.prompts is not None and self.source != "avsbench-s4":
             raise ValueError(f"--prompts is for --source avsbench-s4, not {self.source}")
+        if self.stored_mel and self.source not in ("avsbench-s4", "avsbench-ms3"):
+            raise ValueError(f"--stored-mel is for --source avsbench-s4 and avsbench-ms3, not {self.source}")
         if self.word_vectors is not None and self.prompts is None and self.source not in FEATURE_RULES:
             raise ValueError("--word-vectors is for features, and for clips with --prompts")
         if self.word_vectors is not None and not self.word_vectors.is_file():

@@ -34,7 +34,7 @@ def feature_recipe(config: BuildConfig) -> Recipe:
         FileNotFoundError, ValueError: If the source is not as published; see its `list_clips`.
         ValueError: If a clip is in two splits, or there are word vectors and no prompts.
     """
-    source = _SOURCES[config.source](config.root, config.longest_s)
+    source = list_features(config)
     _check_splits(source.jobs, config.root)
     prompted = any("prompt" in job.meta for job in source.jobs)
     if config.word_vectors is not None and not prompted:
@@ -61,6 +61,15 @@ def feature_recipe(config: BuildConfig) -> Recipe:
     if vectors:
         settings["word_vectors"] = vectors.name
     return Recipe(source.jobs, make, settings)
+
+
+def list_features(config: BuildConfig) -> FeatureSource:
+    """What the source of `config` lists.
+
+    Raises:
+        FileNotFoundError, ValueError: See its `list_clips`.
+    """
+    return _SOURCES[config.source](config.root, config.longest_s)
 
 
 def make_features(job: FeatureJob, vectors: WordVectors | None, dtype: str) -> FeatureSample:

@@ -44,6 +44,8 @@ _PLACES = (_NESTED, _BY_SPLIT, "{category}/{name}", _FLAT)
 S4 = Layout("Single-source", "s4_data", "s4_meta_data*.csv", "_", _NESTED, _NESTED, _NESTED)
 MS3 = Layout("Multi-sources", "ms3_data", "ms3_meta_data*.csv", ".mp4_", _FLAT, _BY_SPLIT, _BY_SPLIT)
 
+LAYOUTS = {"avsbench-s4": S4, "avsbench-ms3": MS3}
+
 
 @dataclass(frozen=True)
 class Row:
