@@ -103,14 +103,14 @@ def check_sample(settings: dict[str, Any], entry: ClipEntry, sample: Sample | Fe
 
 
 def _check_features(settings: dict[str, Any], sample: FeatureSample) -> None:
-    for name, array in sample.features.items():
-        expected = tuple(settings["feature_shapes"].get(name, ()))
-        if array.shape[1:] != expected:
-            raise ClipFault("array", f"{name} features are {array.shape[1:]}, the index says {expected}")
-    for name, labels_TK in sample.labels.items():
+    shapes = {name: array.shape[1:] for name, array in sample.features.items()}
+    told = {name: tuple(shape) for name, shape in settings["feature_shapes"].items()}
+    if shapes != {name: told.get(name) for name in shapes}:  # a clip may lack a modality
+        raise ClipFault("array", f"shapes {shapes}, the index says {told}")
+    for labels_TK in sample.labels.values():
         if labels_TK.shape[1] != len(settings["events"]):
-            told = f"the index names {len(settings['events'])}"
-            raise ClipFault("array", f"labels_{name} tells {labels_TK.shape[1]} events, {told}")
+            message = f"labels of {labels_TK.shape[1]} events, the index names {len(settings['events'])}"
+            raise ClipFault("array", message)
 
 
 def check_settings(settings: dict[str, Any]) -> None:

@@ -42,13 +42,20 @@ def rewrite(folder: Path, change: Callable[[bytes], bytes], split: str = "val", 
     return ShardIndex.load(folder)
 
 
-def appended(segment: bytes, name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields: Any) -> bytes:
+def appended(
+    segment: bytes,
+    name: str,
+    data: bytes = b"",
+    kind: bytes = tarfile.REGTYPE,
+    form: int = tarfile.PAX_FORMAT,
+    **fields: Any,
+) -> bytes:
     """The segment with one more member; `fields` of its header, such as linkname, or size against the truth."""
     info = tarfile.TarInfo(name)
     info.size, info.type = len(data), kind
     for field, value in fields.items():
         setattr(info, field, value)
-    return segment + info.tobuf() + data + b"\0" * (-len(data) % 512)
+    return segment + info.tobuf(form) + data + b"\0" * (-len(data) % 512)
 
 
 def tar_members(segment: bytes) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from PIL import Image
 from avs_dist.config import from_dict
 from avs_dist.launch import shards as command
 from avs_dist.launch import synth
-from avs_dist.loader import eval_loader, train_batches
+from avs_dist.loader import TrainBatches, eval_loader
 from avs_dist.shards.build import BuildConfig, build
 from avs_dist.shards.images import read_class_mask, read_frame
 from avs_dist.shards.index import ShardIndex
@@ -297,7 +297,7 @@ def test_batches_of_mixed_lengths_are_padded_and_marked(synthetic: Path):
     index = ShardIndex.load(synthetic)
     found = samples(index)
     mixed = 0
-    for [clip] in train_batches(loader_config(synthetic), index, 0):
+    for [clip] in TrainBatches(loader_config(synthetic), index):
         longest = max(len(found[name].frames_THWC) for name in clip.key)
         assert clip.masks_BTHW.shape == (8, longest, 32, 32)
         assert clip.masks_BTHW.dtype == torch.uint8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 from feature_files import CATEGORIES, audio_of, members_of, visual_of, write_avel
+from tampered_shards import rewrite, with_members
 
 from avs_dist.launch import shards as command
 from avs_dist.shards.build import build
 from avs_dist.shards.build_config import BuildConfig
+from avs_dist.shards.faults import DamagedClipError
 from avs_dist.shards.feature_members import decode_features, encode_features
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.pipeline import EvalStream, TrainStream
-from avs_dist.shards.read import ClipReader, DamagedClipError
+from avs_dist.shards.plan import StepPlan
+from avs_dist.shards.read import ClipReader
 from avs_dist.shards.schema import MAX_MEMBER_BYTES, FeatureSample
 from avs_dist.shards.segment import decode_npy, encode_npy, tar_segment
 from avs_dist.shards.verify import describe, verify
@@ -195,12 +197,14 @@ def test_streams_of_features(index: ShardIndex):
     for number, sample in zip((2, 6, 10, 14), samples, strict=True):
         assert isinstance(sample, FeatureSample)
         np.testing.assert_array_equal(sample.features["visual"], visual_of(number).astype(np.float16))
-    plan = {"seed": 1, "window": 8, "global_batch": 4, "grad_accumulation": 1, "rank": 0, "world_size": 1}
-    train = TrainStream(index, "train", start_step=0, num_steps=2, collate=lambda s: [x.name for x in s], **plan)
+    plan = StepPlan(start=0, num_steps=2, global_batch=4, accumulation=1, rank=0, world_size=1)
+    train = TrainStream(ClipReader(index, "train"), plan, seed=1, window=8, collate=lambda s: [x.name for x in s])
     expected = {f"v{n}" for n in range(16) if n % 4 < 2}
-    assert {name for batch in train for name in batch} == expected
-    evaluated = EvalStream(index, "test", batch_size=3, rank=0, world_size=1, collate=lambda s: [x.name for x in s])
-    assert list(evaluated) == [(["v3", "v7", "v11"], [0, 1, 2]), (["v15"] * 3, [3, -1, -1])]
+    assert {name for batch, _, _ in train for name in batch} == expected
+    evaluated = EvalStream(
+        ClipReader(index, "test"), batch_size=3, rank=0, world_size=1, collate=lambda s: [x.name for x in s]
+    )
+    assert list(evaluated) == [(["v3", "v7", "v11"], [0, 1, 2], ()), (["v15"] * 3, [3, -1, -1], ())]
 
 
 @pytest.mark.parametrize("audio", ["muted", "swapped"])
@@ -258,18 +262,7 @@ def test_settings_that_readers_rely_on_are_checked(copy: Path, settings: dict[st
 
 def replaced(directory: Path, change: Callable[[dict[str, bytes]], dict[str, bytes]]) -> ShardIndex:
     """The first clip of val with other members, and a matching index."""
-    path, index_path = directory / "val-00000.tar", directory / "index.json"
-    data = json.loads(index_path.read_text())
-    entry = next(shard for shard in data["shards"] if shard["name"] == path.name)["clips"][0]
-    whole = path.read_bytes()
-    end = entry["offset"] + entry["length"]
-    segment = tar_segment(entry["name"], change(members_of(whole[entry["offset"] : end])))
-    segment += bytes(entry["length"] - len(segment))
-    assert len(segment) == entry["length"]
-    path.write_bytes(whole[: entry["offset"]] + segment + whole[end:])
-    entry["crc32"] = zlib.crc32(segment)
-    index_path.write_text(json.dumps(data))
-    return ShardIndex.load(directory)
+    return rewrite(directory, with_members(change))
 
 
 def test_damaged_clips_are_named_by_readers_and_verify(copy: Path):

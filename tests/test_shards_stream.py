@@ -1,7 +1,8 @@
-"""Streaming: planned order for any world and workers, exact resume, mixtures, audio variants, damage that is replaced."""
+"""Streaming: planned order for any world and workers, exact resume, mixtures, other sound, damage that is replaced."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -348,8 +349,6 @@ def test_a_strange_index_is_refused(copy: Path, change: Any, message: str):
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
 @pytest.mark.parametrize("name", ["index.json", "shard"])
 def test_only_plain_files_are_opened(copy: Path, kind: str, name: str):
-    import os
-
     index = ShardIndex.load(copy)
     path = copy / (index.split("val")[0].name if name == "shard" else name)
     elsewhere = path.rename(copy.parent / "elsewhere")

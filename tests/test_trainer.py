@@ -14,7 +14,7 @@ from avs_dist.clip import Clip
 from avs_dist.config import Config
 from avs_dist.draws import ClipDraws
 from avs_dist.launch.train import parse_config
-from avs_dist.loader import train_batches
+from avs_dist.loader import TrainBatches
 from avs_dist.shards.index import ShardIndex
 from avs_dist.systems import build_system
 from avs_dist.tasks import build_task
@@ -52,7 +52,7 @@ def losses_by_hand(config: Config) -> list[float]:
     torch.manual_seed(config.seed)
     system = build_system(config).train()
     losses = []
-    for step, clips in enumerate(train_batches(config, ShardIndex.load(config.data.shards), 0)):
+    for step, clips in enumerate(TrainBatches(config, ShardIndex.load(config.data.shards))):
         with torch.no_grad():
             each = [sum(system.loss_terms(by_hand(clip, step, config).to("cpu"), step).values()) for clip in clips]
         losses.append(torch.stack(each).mean().item())
@@ -77,7 +77,7 @@ def test_losses_of_a_run_are_those_of_the_mirrored_clips(ms3_shards, tmp_path, s
 @pytest.mark.parametrize("more", [ECMVAE, PUBLIC], ids=["clips", "frames"])
 def test_clips_are_mirrored_with_the_draws_of_their_step(ms3_shards, tmp_path, more):
     config = tiny(ms3_shards, tmp_path, 0.5, *more)
-    (clip, _), _ = train_batches(config, ShardIndex.load(config.data.shards), 0)
+    (clip, _), _ = TrainBatches(config, ShardIndex.load(config.data.shards))
     clip.labelled_BT[:, -1] = False
     task, turned = build_task(config), []
     for step in range(8):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from avs_dist import engine, world
 from avs_dist.launch.train import parse_config
-from avs_dist.loader import train_batches
+from avs_dist.loader import TrainBatches
 from avs_dist.shards.index import ShardIndex
 from avs_dist.systems import build_system
 
@@ -28,7 +28,7 @@ def main(out: Path, arguments: list[str]) -> None:
     running = engine.Engine(build_system(config), config, device)
     index = ShardIndex.load(config.data.shards)
     losses, batches = [], []
-    for step, batches in enumerate(train_batches(config, index, 0)):
+    for step, batches in enumerate(TrainBatches(config, index)):
         losses.append(running.train_step(batches, step))
     hashes = world.gather_objects({name: _hash(buffer) for name, buffer in running.system.named_buffers()})
     weights = {name: tensor.contiguous() for name, tensor in running.full_weights()}
