@@ -22,12 +22,11 @@ def read_stored_mel(path: Path, seconds: int) -> np.ndarray:
         OSError: If the file cannot be opened.
         ValueError: If it is no plain tensor, of another shape, too short, not finite, or no VGGish log-mel; names it.
     """
-    values = read_tensor(path)
-    if values.ndim == 4 and values.shape[1] == 1:
-        values = values[:, 0]
+    stored = read_tensor(path)
+    values = stored[:, 0] if stored.ndim == 4 and stored.shape[1] == 1 else stored
     if values.ndim != 3 or values.shape[1:] != (MEL_FRAMES, MEL_BANDS) or values.dtype.kind != "f":
         raise ValueError(
-            f"{path}: {values.dtype} {values.shape}, expected a log-mel of floats, [n,1,{MEL_FRAMES},{MEL_BANDS}]"
+            f"{path}: {stored.dtype} {stored.shape}, expected a log-mel of floats, [n,1,{MEL_FRAMES},{MEL_BANDS}]"
         )
     if len(values) < seconds:
         raise ValueError(f"{path}: {len(values)} examples for {seconds} s")

@@ -11,7 +11,7 @@ _MAX_DEPTH = 3
 
 
 def files_below(folder: Path, endings: Collection[str]) -> dict[str, Path]:
-    """Files by their path below the folder, with "/" and the ending in small letters; sorted by it.
+    """Files by their path below the folder, with "/" and the ending in small letters; the outermost first.
 
     Args:
         folder: Looked through down to the third folder below it; it may be missing, and linked folders count.
@@ -22,7 +22,7 @@ def files_below(folder: Path, endings: Collection[str]) -> dict[str, Path]:
         stem, ending = os.path.splitext(path)
         if ending.lower() in endings:
             found[stem + ending.lower()] = folder / path
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: (item[0].count("/"), item[0])))
 
 
 def first_of(files: dict[str, Path], stems: Sequence[str], endings: Sequence[str]) -> Path | None:
