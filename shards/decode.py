@@ -25,7 +25,7 @@ import numpy as np
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.images import resize_bilinear
 from avs_dist.shards.video_cut import frames_by_pyav, open_member, parts
-from avs_dist.shards.video_file import INDEXED, Video
+from avs_dist.shards.video_file import DECORD_READS, Video
 from avs_dist.shards.video_member import DECODERS
 
 # Decoders that keep state between packets (AAC, Vorbis, Opus) need a run-up after a seek.
@@ -126,7 +126,7 @@ def decode_member(data: bytes, suffix: str, decoder: str, at: list[int], size: i
     if decoder == "pyav":
         return frames_by_pyav(data, suffix, at, size)
     with open_member(data, suffix) as container:  # as the container it is said to be, and not too large
-        if container.format.name not in INDEXED:
+        if container.format.name not in DECORD_READS:
             raise ValueError(f"decord does not read {suffix} reliably")
     reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
     return np.stack([resize_bilinear(frame, size) for frame in reader.get_batch(at).asnumpy()])
@@ -176,7 +176,7 @@ def _frames_decord(video: Video, indices: list[int]) -> Iterator[tuple[int, np.n
     Raises:
         ValueError: If decord does not read such files reliably, or sees another stream or another number of frames.
     """
-    if not video.indexed:
+    if video.container not in DECORD_READS:
         raise ValueError(f"decord does not read {video.container} reliably")
     reader = open_decord(video.path)
     if len(reader) != len(video.ticks):

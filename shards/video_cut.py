@@ -19,6 +19,8 @@ from avs_dist.shards.video_member import CONTAINERS
 
 # what takes any codec, and gives equal bytes for equal input
 _CUT_SUFFIX = "mkv"
+# decoders that can be told packet by packet what to leave out
+_CAN_SKIP = ("h264", "hevc")
 _SUFFIX_OF = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv", "avi": "avi", "mpegts": "ts"}
 
 
@@ -80,8 +82,9 @@ def frames_by_pyav(data: bytes, suffix: str, ticks: Sequence[int], size: int) ->
         context = stream.codec_context
         context.thread_count = 1
         for packet in container.demux(stream):
-            # what is neither wanted nor needed by other frames is not decoded: a third of the time
-            context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            if context.codec.name in _CAN_SKIP:
+                # what is neither wanted nor needed by other frames is not decoded, which saves a third of the time
+                context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             for frame in decode_packet(packet):
                 if frame.pts in wanted:
                     found[frame.pts] = resize_bilinear(frame.to_ndarray(format="rgb24"), size)
@@ -102,12 +105,10 @@ def _cut(video: Video, indices: Sequence[int]) -> Part:
     data = io.BytesIO()
     with av.open(video.path) as container:
         stream: Any = container.streams[video.index]
-        if video.indexed:
-            container.seek(first, stream=stream, backward=True)
-        packets = _packets(container.demux(stream), first, last)
+        packets = _packets(video, container, stream, first, last)
         times = sorted(packet.pts for packet in packets)
         with av.open(data, "w", format=CONTAINERS[_CUT_SUFFIX], options={"fflags": "+bitexact"}) as target:
-            track = target.add_stream_from_template(stream)
+            track = target.add_stream_from_template(stream, opaque=True)
             for packet in packets:
                 packet.stream = track
                 target.mux(packet)
@@ -129,10 +130,11 @@ def _whole(video: Video, indices: Sequence[int]) -> Part:
     return Part(path.read_bytes(), suffix, video.ticks, list(indices))
 
 
-def _packets(demuxed: Iterator[Any], first: int, last: int) -> list[Any]:
+def _packets(video: Video, container: Any, stream: Any, first: int, last: int) -> list[Any]:
     """The packets from the last key frame that is not behind `first` to the one that is shown at `last`."""
+    video.seek(container, first)
     kept: list[Any] = []
-    for packet in demuxed:
+    for packet in container.demux(stream):
         if packet.pts is None:
             continue
         if packet.is_keyframe and packet.pts <= first:

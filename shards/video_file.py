@@ -15,9 +15,11 @@ from avs_dist.shards.schema import MAX_PIXELS
 
 # Frame rule of AVSBench: the last of 16 sub-samples of each second stands for it.
 FRAME_OFFSET_S = 15 / 16
-# Containers that tell where their frames lie. In others (transport streams) a seek lands anywhere, and decord gives
-# wrong frames without an error.
-INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi")
+# Containers whose frames decord finds. Of others (transport streams, AVI) it gives wrong ones without an error.
+DECORD_READS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+# Containers that tell where their key frames lie; in others a seek may land behind the wanted frame.
+_INDEXED = (*DECORD_READS, "avi")
+_RUN_UP_S = 5
 # decoders refuse what a film makes of itself behind its header, too
 OPEN_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
 
@@ -39,10 +41,6 @@ class Video:
         span_s = self.times_s[-1]
         self.fps = float(rate) if rate else (len(self.ticks) - 1) / span_s if span_s > 0 else 1.0
         self.duration_s = span_s + 1.0 / self.fps
-
-    @property
-    def indexed(self) -> bool:
-        return self.container in INDEXED
 
     def frame_index(self, second: float) -> int:
         """Coded frame that stands for the second that begins at `second`.
@@ -70,18 +68,31 @@ class Video:
         """
         wanted = [self.ticks[i] for i in indices]
         with av.open(self.path, options=OPEN_OPTIONS) as container:
-            stream: Any = container.streams[self.index]
-            if self.indexed and self.times_s[indices[0]] > 1.0:
-                container.seek(wanted[0], stream=stream, backward=True)
-            shown: Any = None
-            decoded = (frame for packet in container.demux(stream) for frame in decode_packet(packet))
-            following = next(decoded, None)
+            shown, decoded = self._decoded(container, wanted[0])
+            following: Any = next(decoded, None)
             for tick in wanted:
                 while following is not None and following.pts <= tick:
                     shown, following = following, next(decoded, None)
                 if shown is None or (tick - shown.pts) * self.time_base > 1:
                     raise ValueError(f"no frame can be decoded near {float(tick * self.time_base):.2f} s")
                 yield bisect_right(self.ticks, shown.pts) - 1, shown.to_ndarray(format="rgb24")
+
+    def seek(self, container: Any, tick: int) -> None:
+        """Go on with a packet that lies before the one that is shown at `tick`, or near it where nothing tells."""
+        if (tick - self.ticks[0]) * self.time_base > 1:
+            run_up = 0 if self.container in _INDEXED else int(_RUN_UP_S / self.time_base)
+            container.seek(tick - run_up, stream=container.streams[self.index], backward=True)
+
+    def _decoded(self, container: Any, tick: int) -> tuple[Any, Iterator[Any]]:
+        """A frame that is shown at `tick` or before it (None where there is none), and those behind it."""
+        self.seek(container, tick)
+        for _ in range(2):
+            decoded = _frames(container, self.index)
+            first = next(decoded, None)
+            if first is not None and first.pts <= tick:
+                return first, decoded
+            container.seek(self.ticks[0], stream=container.streams[self.index], backward=True)
+        return None, iter(())
 
 
 def video_stream(container: Any) -> Any:
@@ -110,6 +121,10 @@ def ticks_of(container: Any, stream: Any) -> list[int]:
     if not ticks:
         raise ValueError("the video stream holds no frame")
     return ticks
+
+
+def _frames(container: Any, index: int) -> Iterator[Any]:
+    return (frame for packet in container.demux(container.streams[index]) for frame in decode_packet(packet))
 
 
 def decode_packet(packet: Any) -> list[Any]:
