@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from fsspec.exceptions import FSTimeoutError
 
 from avs_dist.shards.transfer import (
     MissingError,
@@ -33,22 +34,26 @@ def open_object(url: str, offset: int, stall_s: float) -> Iterator[Stream]:
         MissingError, RefusedError: If another try is of no use.
         TransferFault: If it may help.
     """
-    files, path = _call(url, fsspec.core.url_to_fs, url, use_listings_cache=False)
-    total = _call(url, files.info, path, timeout=stall_s)["size"]
+    # not url_to_fs, which takes a "::" in a name for a chain of storages
+    scheme, _, path = url.partition("://")
+    files = fsspec.filesystem(scheme, use_listings_cache=False)
+    total = _call(url, stall_s, files.info, path)["size"]
     if offset > total:
         raise RangeFault(f"the object has {total} bytes, asked from byte {offset} on")
 
     def blocks() -> Iterator[bytes]:
         for begin in range(offset, total, BLOCK_BYTES):
             end = min(begin + BLOCK_BYTES, total)
-            yield _call(url, files.cat_file, path, start=begin, end=end, timeout=stall_s * _STALLS_A_BLOCK)
+            yield _call(url, stall_s * _STALLS_A_BLOCK, files.cat_file, path, start=begin, end=end)
 
     yield Stream(offset, total, blocks())
 
 
-def _call(url: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _call(url: str, timeout_s: float, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     try:
-        return function(*arguments, **options)
+        return function(*arguments, timeout=timeout_s, **options)
+    except FSTimeoutError:
+        raise TransferFault(f"nothing came for {timeout_s:g} s") from None
     except FileNotFoundError:
         raise MissingError(f"{shown(url)}: no such object; check the url and whether all was uploaded") from None
     except PermissionError:

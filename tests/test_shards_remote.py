@@ -15,6 +15,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from faulty_server import Fault, Server, serving
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.memory import MemoryFileSystem
 
 from avs_dist.shards import remote
@@ -257,10 +258,6 @@ class Storage(MemoryFileSystem):
     faults: list[Exception] = []
     ranges: list[tuple[int, int]] = []
 
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + path.removeprefix("s3://").strip("/")
-
     def cat_file(self, path, start=None, end=None, **options):
         assert options["timeout"] > 0
         self.ranges.append((start, end))
@@ -282,12 +279,19 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> type[Storage]:
 
 def test_objects_come_in_blocks_and_go_on_after_a_fault(storage):
     file = io.BytesIO()
-    storage.faults += [OSError("reset: s3://key:secret@bucket/big.tar"), TimeoutError()]
+    storage.faults += [OSError("reset: s3://key:secret@bucket/big.tar"), FSTimeoutError()]
     fetch("s3://bucket/big.tar", file, 4 * SIZE, QUICK)
     assert file.getvalue() == CONTENT * 4
     block = 4 * 2**20
     assert storage.ranges == [(0, block)] * 3 + [(block, 2 * block), (2 * block, 4 * SIZE)]
     assert fetch_bytes("s3://bucket/big.tar", 4 * SIZE, QUICK) == CONTENT * 4
+
+
+def test_names_of_objects_are_no_chains_of_storages(storage, tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"local")
+    for name in (f"file://{tmp_path}/x.tar", f"x::file://{tmp_path}/x.tar", "x::http:.tar"):
+        with pytest.raises(MissingError):
+            fetch_bytes(f"s3://bucket/{name}", 10, QUICK)
 
 
 def test_faults_of_objects_are_named(storage):
