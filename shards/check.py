@@ -169,9 +169,12 @@ def _has_bytes(path: Path) -> bool:
 
 
 def _told(part: str, absent: list[Path]) -> str:
-    names = ", ".join(path.name for path in absent[:_SHOWN_FILES])
+    if not absent:
+        return f"no {part}"
+    one_folder = len({path.parent for path in absent}) == 1
+    names = ", ".join(path.name if one_folder else str(path) for path in absent[:_SHOWN_FILES])
     more = f" and {len(absent) - _SHOWN_FILES} more" if len(absent) > _SHOWN_FILES else ""
-    return f"no {part}: {names}{more} in {absent[0].parent}" if absent else f"no {part}"
+    return f"no {part}: {names}{more}" + (f" in {absent[0].parent}" if one_folder else "")
 
 
 def _extra(config: BuildConfig, jobs: Sequence[ClipJob | FeatureJob]) -> Iterator[tuple[str, str]]:

@@ -155,7 +155,7 @@ class _Disk:
     def job(self, row: Row) -> ClipJob:
         layout, stems = self._layout, _places(self._layout.files_at, row)
         video = first_of(self._videos, stems, VIDEO_SUFFIXES)
-        sound = first_of(self._sounds, stems, (".wav",)) or video
+        sound = None if self._stored_mel else first_of(self._sounds, stems, (".wav",)) or video
         mel = first_of(self._mels, stems, (".pkl",))
         # S4 gives the first mask only for training (weak supervision)
         labelled = 1 if layout is S4 and row.split == "train" else self._clip_s
