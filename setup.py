@@ -41,6 +41,8 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
+            "psutil>=5.9",
             "hypothesis>=6",
             "ruff>=0.6",
             "mypy>=1.11",
