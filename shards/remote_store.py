@@ -16,7 +16,8 @@ from avs_dist.shards.transfer import FetchError, Stopped
 
 # a shard that could not be fetched is not tried again for so long: its other clips would each wait as long
 REST_S = 60.0
-MAX_AHEAD_BYTES = 2 * 2**30
+# of the cache, for what one process fetches ahead; the others may want other shards
+AHEAD_SHARE = 4
 
 
 class RemoteStore:
@@ -56,7 +57,7 @@ class RemoteStore:
     def upcoming(self, shards: Iterator[ShardEntry]) -> None:
         """These shards are wanted next, one for each read, in order: they are fetched ahead from now on."""
         self.close()
-        self._ahead = ReadAhead(shards, self._prepare, min(self._cache.max_bytes // 2, MAX_AHEAD_BYTES))
+        self._ahead = ReadAhead(shards, self._prepare, self._cache.max_bytes // AHEAD_SHARE)
 
     def close(self) -> None:
         """End the fetching ahead."""

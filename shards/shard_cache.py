@@ -54,14 +54,14 @@ class ShardCache:
     """Shards on the local disk, shared by all processes with the same directory. Can be pickled.
 
     Args:
-        directory: Made when needed; other files in it are left alone.
+        directory: Made when needed, other files in it are left alone; None for `default_directory`.
         max_bytes: Bound for all shards together, those being fetched included.
         patience: With servers, and with other processes that fetch the same shard.
     """
 
-    def __init__(self, directory: Path, max_bytes: int, patience: Patience = DEFAULT_PATIENCE) -> None:
+    def __init__(self, directory: str | Path | None, max_bytes: int, patience: Patience = DEFAULT_PATIENCE) -> None:
         self.max_bytes = max_bytes
-        self._folder = directory / FOLDER
+        self._folder = Path(directory or default_directory()) / FOLDER
         self._patience = patience
         # of shards whose SHA-256 was seen to be right: inode, size, time of the last change
         self._verified: dict[str, tuple[int, int, int]] = {}

@@ -330,9 +330,12 @@ def test_a_checksum_is_never_a_path(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_default_directory(monkeypatch, tmp_path):
+def test_default_directory(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_directory() == tmp_path / "avs_dist" / "shards"
+    with serving(folder) as server:
+        read(ShardCache(None, SIZE, QUICK), server, "a")
+    assert cached(tmp_path / "avs_dist" / "shards") == {"a"}
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_directory() == Path.home() / ".cache" / "avs_dist" / "shards"
 
@@ -365,7 +368,7 @@ def test_store_reads_ranges_and_names_what_it_cannot_fetch(folder, tmp_path, mon
 
 def test_store_fetches_ahead_within_its_bound(folder, tmp_path):
     with serving(folder) as server:
-        store = RemoteStore(server.url, ShardCache(tmp_path, 4 * SIZE, QUICK))
+        store = RemoteStore(server.url, ShardCache(tmp_path, 8 * SIZE, QUICK))
         assert reader_threads() == 0
         store.upcoming(entry(name) for name in "aabbabccdde")
         eventually(lambda: cached(tmp_path) == {"a", "b"})
@@ -387,7 +390,7 @@ def test_store_fetches_ahead_within_its_bound(folder, tmp_path):
 
 def test_what_fails_ahead_is_told_when_it_is_read(folder, tmp_path):
     with serving(folder, {"b.tar": repeat(Fault(status=503))}) as server:
-        store = RemoteStore(server.url, ShardCache(tmp_path, 8 * SIZE, QUICK))
+        store = RemoteStore(server.url, ShardCache(tmp_path, 12 * SIZE, QUICK))
         store.upcoming(map(entry, "abc"))
         eventually(lambda: cached(tmp_path) == {"a", "c"})
         assert server.count("b.tar") == QUICK.tries
