@@ -87,7 +87,8 @@ def embed(
             for split in index.splits:
                 _embed_split(index, split, out, records, encoder, batch, bar)
                 records.check_skipped(total)
-        return records.finish({AUDIO_ENCODER: {**facts, "silence": silence_D.tolist()}})
+        stored = {AUDIO_ENCODER: {**facts, "silence": silence_D.tolist()}}
+        return records.finish(stored, skipped_before=index.skipped)
 
 
 def _sha256_of_all(index: ShardIndex) -> str:

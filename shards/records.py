@@ -92,11 +92,14 @@ class Records:
                 "with a higher --max-skipped"
             )
 
-    def finish(self, more_settings: dict[str, Any] | None = None) -> ShardIndex:
+    def finish(
+        self, more_settings: dict[str, Any] | None = None, skipped_before: Sequence[dict[str, str]] = ()
+    ) -> ShardIndex:
         """Write index.json and drop the records.
 
         Args:
             more_settings: What the settings of the index also tell.
+            skipped_before: Clips that were skipped in an earlier build, of which this one is made.
 
         Raises:
             RuntimeError: If there is no shard.
@@ -105,7 +108,8 @@ class Records:
         skipped = self._skipped()
         if not shards:
             raise RuntimeError(f"no usable clip: {_reasons(skipped)}")
-        index = ShardIndex(self._out, self._settings | (more_settings or {}), tuple(shards), tuple(skipped))
+        settings = self._settings | (more_settings or {})
+        index = ShardIndex(self._out, settings, tuple(shards), (*skipped_before, *skipped))
         index.save()
         shutil.rmtree(self._folder)
         return index
