@@ -24,7 +24,7 @@ import numpy as np
 
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.images import resize_bilinear
-from avs_dist.shards.video_cut import frames_by_pyav, open_member, parts
+from avs_dist.shards.video_cut import DECORD_SUFFIXES, frames_by_pyav, open_member, parts
 from avs_dist.shards.video_file import DECORD_READS, Video
 from avs_dist.shards.video_member import DECODERS
 
@@ -125,9 +125,9 @@ def decode_member(data: bytes, suffix: str, decoder: str, at: list[int], size: i
     """
     if decoder == "pyav":
         return frames_by_pyav(data, suffix, at, size)
-    with open_member(data, suffix) as container:  # as the container it is said to be, and not too large
-        if container.format.name not in DECORD_READS:
-            raise ValueError(f"decord does not read {suffix} reliably")
+    if suffix not in DECORD_SUFFIXES:
+        raise ValueError(f"decord does not read {suffix} reliably")
+    open_member(data, suffix).close()  # it is the container that it is said to be, and not too large
     reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
     return np.stack([resize_bilinear(frame, size) for frame in reader.get_batch(at).asnumpy()])
 

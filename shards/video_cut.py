@@ -14,7 +14,7 @@ import numpy as np
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.images import resize_bilinear
 from avs_dist.shards.schema import MAX_CLIP_SECONDS, MAX_MEMBER_BYTES
-from avs_dist.shards.video_file import OPEN_OPTIONS, Video, decode_packet, ticks_of, video_stream
+from avs_dist.shards.video_file import DECORD_READS, LIMITS, Video, decode_packet, ticks_of, video_stream
 from avs_dist.shards.video_member import CONTAINERS
 
 # what takes any codec, and gives equal bytes for equal input
@@ -22,6 +22,7 @@ _CUT_SUFFIX = "mkv"
 # decoders that can be told packet by packet what to leave out
 _CAN_SKIP = ("h264", "hevc")
 _SUFFIX_OF = {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "mkv", "avi": "avi", "mpegts": "ts"}
+DECORD_SUFFIXES = tuple(_SUFFIX_OF[container] for container in DECORD_READS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def open_member(data: bytes, suffix: str) -> Any:
     Raises:
         ValueError, av.error.FFmpegError: If it is not.
     """
-    container: Any = av.open(io.BytesIO(data), format=CONTAINERS[suffix], options=OPEN_OPTIONS)
+    container: Any = av.open(io.BytesIO(data), format=CONTAINERS[suffix], options=LIMITS)
     try:
         video_stream(container)
         if container.duration is not None and container.duration > MAX_CLIP_SECONDS * av.time_base:
@@ -102,21 +103,24 @@ def _cut(video: Video, indices: Sequence[int]) -> Part:
         ValueError, av.error.FFmpegError: If there is no such key frame, or the packets cannot be stored.
     """
     first, last = video.ticks[indices[0]], video.ticks[indices[-1]]
-    data = io.BytesIO()
+    target = io.BytesIO()
     with av.open(video.path) as container:
         stream: Any = container.streams[video.index]
         packets = _packets(video, container, stream, first, last)
         times = sorted(packet.pts for packet in packets)
-        with av.open(data, "w", format=CONTAINERS[_CUT_SUFFIX], options={"fflags": "+bitexact"}) as target:
-            track = target.add_stream_from_template(stream, opaque=True)
+        with av.open(target, "w", format=CONTAINERS[_CUT_SUFFIX], options={"fflags": "+bitexact"}) as muxer:
+            track = muxer.add_stream_from_template(stream, opaque=True)
             for packet in packets:
                 packet.stream = track
-                target.mux(packet)
-    if data.tell() > MAX_MEMBER_BYTES:
-        raise ValueError(f"the cut has {data.tell()} bytes, readers accept {MAX_MEMBER_BYTES}")
-    with open_member(data.getvalue(), _CUT_SUFFIX) as container:
+                packet.pts -= times[0]  # the cut is as long as it is, wherever it lies in the film
+                packet.dts = None if packet.dts is None else packet.dts - times[0]
+                muxer.mux(packet)
+    data = target.getvalue()
+    if len(data) > MAX_MEMBER_BYTES:
+        raise ValueError(f"the cut has {len(data)} bytes, readers accept {MAX_MEMBER_BYTES}")
+    with open_member(data, _CUT_SUFFIX) as container:
         ticks = ticks_of(container, video_stream(container))
-    return Part(data.getvalue(), _CUT_SUFFIX, ticks, [times.index(video.ticks[i]) for i in indices])
+    return Part(data, _CUT_SUFFIX, ticks, [times.index(video.ticks[i]) for i in indices])
 
 
 def _whole(video: Video, indices: Sequence[int]) -> Part:

@@ -20,8 +20,8 @@ DECORD_READS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Containers that tell where their key frames lie; in others a seek may land behind the wanted frame.
 _INDEXED = (*DECORD_READS, "avi")
 _RUN_UP_S = 5
-# decoders refuse what a film makes of itself behind its header, too
-OPEN_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
+# Decoders refuse larger pictures, also behind a header that tells less.
+LIMITS = {"max_pixels": str(MAX_PIXELS)}
 
 
 class Video:
@@ -29,7 +29,7 @@ class Video:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with av.open(path, options=OPEN_OPTIONS) as container:
+        with av.open(path, options=LIMITS) as container:
             stream = video_stream(container)
             self.container = container.format.name
             self.index, self.time_base = stream.index, stream.time_base or Fraction(1, 1000)
@@ -67,7 +67,7 @@ class Video:
             ValueError: If nothing can be decoded in the second before a frame.
         """
         wanted = [self.ticks[i] for i in indices]
-        with av.open(self.path, options=OPEN_OPTIONS) as container:
+        with av.open(self.path, options=LIMITS) as container:
             shown, decoded = self._decoded(container, wanted[0])
             following: Any = next(decoded, None)
             for tick in wanted:
@@ -108,6 +108,7 @@ def video_stream(container: Any) -> Any:
     width, height = stream.codec_context.width, stream.codec_context.height
     if not 0 < width * height <= MAX_PIXELS:
         raise ClipFault("oversize", f"frames of {width} x {height} pixels, the limit is {MAX_PIXELS} pixels")
+    stream.codec_context.options = LIMITS
     return stream
 
 
