@@ -127,6 +127,27 @@ def test_a_film_that_cannot_be_cut_is_stored_whole(worker: MediaWorker, tmp_path
     np.testing.assert_array_equal(worker.decode_member(media.stored), media.frames_THWC)
 
 
+def test_a_cut_that_gives_other_frames_is_not_taken(worker: MediaWorker, tmp_path: Path):
+    """Where the picture is refreshed column by column, no frame that passes for a key frame is one."""
+    path = tmp_path / "film.mkv"
+    noise_HWC = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as container:
+        parameters = {"x264-params": "intra-refresh=1:keyint=50:scenecut=0"}
+        stream: Any = container.add_stream("libx264", rate=25, options=parameters)
+        stream.width, stream.height, stream.pix_fmt = 160, 96, "yuv420p"
+        for i in range(125):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise_HWC, i, axis=1), format="rgb24")))
+        container.mux(stream.encode())
+    decoders = set()
+    for start_s in (2.0, 2.2):
+        media = worker.decode(path, None, start_s, 2, 160, store=True)
+        assert media.stored is not None
+        assert media.stored.data == path.read_bytes()
+        np.testing.assert_array_equal(worker.decode_member(media.stored), media.frames_THWC)
+        decoders.add(media.stored.decoder)
+    assert decoders == {"pyav", "decord"}  # not even the two of them agree everywhere
+
+
 def test_what_cannot_be_stored_is_an_error_with_a_way_out(worker: MediaWorker, tmp_path: Path):
     path = write_video(tmp_path / "film.asf", 50, codec="wmv2")
     with pytest.raises(ClipError, match="no part of the film gives the same frames again, store it as pictures"):
