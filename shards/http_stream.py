@@ -22,7 +22,7 @@ from avs_dist.shards.transfer import (
     Stream,
     TransferFault,
     shown,
-    without_secrets,
+    told,
 )
 
 CHUNK_BYTES = 2**18
@@ -122,4 +122,4 @@ def _wait(files: HTTPFileSystem, function: Callable[..., Awaitable[Result]], *ar
     except FSTimeoutError:
         raise TransferFault(f"nothing came for {stall_s:g} s") from None
     except (aiohttp.ClientError, OSError) as error:
-        raise TransferFault(without_secrets(f"{type(error).__name__}: {error}")) from None
+        raise TransferFault(told(error)) from None

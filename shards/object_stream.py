@@ -16,7 +16,7 @@ from avs_dist.shards.transfer import (
     Stream,
     TransferFault,
     shown,
-    without_secrets,
+    told,
 )
 
 BLOCK_BYTES = 4 * 2**20
@@ -59,4 +59,4 @@ def _call(url: str, timeout_s: float, function: Callable[..., Any], *arguments: 
     except PermissionError:
         raise RefusedError(f"{shown(url)}: access refused; check the url and the credentials of the storage") from None
     except Exception as error:  # the packages behind fsspec have kinds of their own
-        raise TransferFault(without_secrets(f"{type(error).__name__}: {error}")) from None
+        raise TransferFault(told(error)) from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
+MAX_TOLD = 200
 _URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]*")
 
 
@@ -56,6 +57,7 @@ def shown(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def without_secrets(text: str) -> str:
-    """The text of a foreign error with every url in it as `shown`."""
-    return _URL_IN_TEXT.sub(lambda match: shown(match[0]), text)
+def told(error: Exception) -> str:
+    """Kind and first words of a foreign error, which may hold whatever a server sends; every url in it as `shown`."""
+    text = _URL_IN_TEXT.sub(lambda match: shown(match[0]), f"{type(error).__name__}: {error}")
+    return " ".join(text.split())[:MAX_TOLD]

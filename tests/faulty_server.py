@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -84,7 +85,7 @@ def serving(
                 return next(left.get(name, left.get("*", iter(()))), Fault())
 
     Handler.folder, Handler.stopped, Handler.ranges = folder, stopped, ranges
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Listener(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
@@ -103,6 +104,13 @@ def random_faults(seed: int, share: float, size: int) -> Iterator[Fault]:
         place = rng.randrange(size)
         kinds = [Fault(delay_s=0.1), Fault(status=500), Fault(status=503), Fault(cut_at=place), Fault(flip_at=place)]
         yield rng.choice(kinds) if rng.random() < share else Fault()
+
+
+class _Listener(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients that go away are part of the tests."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from avs_dist.shards import remote
 from avs_dist.shards.http_stream import redirected
 from avs_dist.shards.remote import Patience, check_url, fetch, fetch_bytes, is_url, join_url
-from avs_dist.shards.transfer import FetchError, MissingError, RefusedError, Stopped, shown, without_secrets
+from avs_dist.shards.transfer import FetchError, MissingError, RefusedError, Stopped, shown, told
 
 SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
@@ -97,16 +97,20 @@ def test_tries_count_anew_after_progress(folder):
         (Fault(cut_at=100), "ClientPayloadError"),
         (Fault(stall_at=100), "nothing came for 0.3 s"),
         (Fault(drip_at=100), r"only \d+ bytes came in 0.3 s"),
-        (Fault(claim=17), "it has 17 bytes there, 3000000 are expected"),
+        # the bytes behind the claimed ones are taken for another answer if they come with it
+        (Fault(claim=17), "(it has 17 bytes there, 3000000 are expected|ClientResponseError: 400)"),
         (Fault(chunked=True, surplus=1), "more bytes came than the 3000000 expected"),
     ],
     ids=["status", "cut", "stalls", "drips", "claims less", "sends more"],
 )
 def test_the_last_try_is_an_error_with_url_tries_and_cause(folder, fault, cause):
     with serving(folder, {"a.tar": repeat(fault)}) as server:
-        with pytest.raises(FetchError, match=f"^{server.url}/a.tar: gave up after 3 tries, the last: .*{cause}"):
+        with pytest.raises(
+            FetchError, match=f"^{server.url}/a.tar: gave up after 3 tries, the last: .*{cause}"
+        ) as error:
             fetched(server, QUICK)
         assert len(server.requests) == 3
+    assert len(str(error.value)) < 300
 
 
 def test_a_server_that_is_not_there_is_named():
@@ -237,7 +241,9 @@ def test_names_are_joined_to_urls():
 def test_secrets_are_not_shown(folder):
     url = "https://user:pass@h:8/p/a.tar?sig=secret#secret"
     assert shown(url) == "https://h:8/p/a.tar"
-    assert without_secrets(f"URL('{url}') and {url}") == "URL('https://h:8/p/a.tar') and https://h:8/p/a.tar"
+    foreign = OSError(f"URL('{url}') and\n{url} " + 1000 * "x")
+    assert told(foreign).startswith("OSError: URL('https://h:8/p/a.tar') and https://h:8/p/a.tar xxx")
+    assert len(told(foreign)) == 200
     assert shown("http://[secret/x") == "http://..."
     for status in (404, 403, 400, 500):
         with serving(folder, {"a.tar": repeat(Fault(status=status))}) as server:
