@@ -15,6 +15,7 @@ from avs_dist.modules.audio import VGGish
 from avs_dist.shards.embed import AudioEncoder, embed
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.read import ClipReader
+from avs_dist.shards.records import locked
 from avs_dist.shards.schema import SILENT_LOG_MEL
 from avs_dist.shards.segment import tar_segment
 from avs_dist.shards.verify import verify
@@ -132,15 +133,30 @@ def test_a_killed_run_leaves_no_index_and_the_next_one_goes_on(original, embedde
     broken = Bands(fails_after=1 + sum(clip.seconds for clip in first.clips))
     with pytest.raises(KeyboardInterrupt):
         embed(original, tmp_path, broken.encoder(), batch=3, progress=False)
-    assert [*files(tmp_path)] == [first.name]
+    assert {path.name for path in tmp_path.iterdir()} == {first.name, ".build", ".lock"}
     with pytest.raises(FileNotFoundError):
         ShardIndex.load(tmp_path)
+    (tmp_path / ".train-00007.tar.tmp").touch()  # of a run that could not clean up
     with pytest.raises(ValueError, match="holds a build with other settings: embedded_from"):
         embed(original, tmp_path, Bands().encoder("f" * 64), progress=False)
     rest = Bands()
     embed(original, tmp_path, rest.encoder(), batch=3, progress=False)
     assert files(tmp_path) == files(Path(embedded.directory))
     assert rest.seconds == 1 + sum(clip.seconds for shard in original.shards[1:] for clip in shard.clips)
+    assert {path.name for path in tmp_path.iterdir()} == {*files(tmp_path), ".lock"}
+
+
+def test_a_shard_that_was_lost_is_made_again(original, embedded, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        embed(original, tmp_path, Bands(fails_after=60).encoder(), batch=3, progress=False)
+    (tmp_path / original.shards[0].name).unlink()
+    embed(original, tmp_path, Bands().encoder(), batch=3, progress=False)
+    assert files(tmp_path) == files(Path(embedded.directory))
+
+
+def test_one_run_at_a_time(original, tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="another build is writing into"):
+        embed(original, tmp_path, Bands().encoder(), progress=False)
 
 
 def test_another_encoder_or_other_shards_need_another_folder(original, embedded, tmp_path):
@@ -150,8 +166,12 @@ def test_another_encoder_or_other_shards_need_another_folder(original, embedded,
     with pytest.raises(ValueError, match="other settings: embedded_from"):
         embed(original, Path(original.directory), Bands().encoder(), progress=False)
     assert not ShardIndex.load(original.directory).audio_encoder
+    with pytest.raises(ValueError, match="other settings: embedded_from"):
+        embed(replace(original, shards=original.shards[1:]), Path(copy.directory), Bands().encoder(), progress=False)
     # what was embedded once can be embedded again with another encoder
-    new = embed(copy, tmp_path / "new", AudioEncoder("vggish", "f" * 64, lambda mel: -Bands()(mel)), progress=False)
+    other = AudioEncoder("vggish", "f" * 64, lambda mel: -Bands()(mel))
+    new = embed(copy, tmp_path / "new", other, progress=False)
+    assert embed(copy, tmp_path / "new", other, progress=False).settings == new.settings
     assert new.audio_encoder["weights_sha256"] == "f" * 64
     np.testing.assert_array_equal(
         ClipReader(new, "val").sample(0).audio_TD, -ClipReader(copy, "val").sample(0).audio_TD
