@@ -4,6 +4,7 @@
     avs-dist bench tpavi --size hw=56 B=4 --json tpavi.json    one op, own sizes
     python launch/bench.py kernels --markdown measured.md      from a plain checkout with torch, triton and numpy
     avs-dist bench models                                      whole networks: parameters and time of a prediction
+    avs-dist bench loader --help                               how fast clips are read; its own options
 
 Before a hot spot is timed its outputs and gradients are compared with the truth in float64; a wrong result is not
 timed, and the exit code is 1. On a CPU each case runs in a fresh process, so that its peak memory is its own.
@@ -41,6 +42,10 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["loader"]:
+        from avs_dist.launch.benchmarks import loader  # a bare GPU host has nothing that it needs
+
+        return loader.main(argv[1:])
     args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
