@@ -41,7 +41,7 @@ def encoded(frame_format: str, sample: Sample | None = None) -> dict[str, memory
 
 
 @pytest.mark.parametrize("frame_format", STORED)
-@pytest.mark.parametrize("labelled", [(), (0,), (0, 1, 2)])
+@pytest.mark.parametrize("labelled", [(), (0,), (0, 2), (0, 1, 2)])
 def test_every_format_comes_back(frame_format: str, labelled: tuple[int, ...]):
     sample = clip(labelled)
     found = decode_clip(encoded(frame_format, sample))
