@@ -71,15 +71,15 @@ def run(command: str, argv: list[str] | None = None) -> int:
     module = importlib.import_module(f"avs_dist.launch.{command}")
     try:
         return module.main(argv)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        return _fail(command, f"error: {error}", 2)
-    except ValueError as error:
-        if not _raised_here(error):
-            raise
-        return _fail(command, f"error: {str(error).strip().splitlines()[-1]}", 2)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        return _fail(command, f"error: {error}", 2)
+    except (ValueError, OSError, ImportError) as error:
+        if not _raised_here(error):
+            raise
+        return _fail(command, f"error: {str(error).strip().splitlines()[-1]}", 2)
     except KeyboardInterrupt:
         return _fail(command, "interrupted", 130)
     except RuntimeError as error:

@@ -226,7 +226,7 @@ def _write(args: Any, config: Config, settings: HeadTraining, results: dict[str,
 
     facts = {"checkpoint": str(find_checkpoint(args.checkpoint))}
     heads = {"epochs": settings.epochs, "lr": settings.lr, "batch": settings.batch, "seed": settings.seed}
-    written = {**facts, "shards": str(Path(config.data.shards)), "heads": heads, **results}
+    written = {**facts, "shards": config.data.shards, "heads": heads, **results}
     write_text(args.json, json.dumps(written, indent=1) + "\n")
     print(f"\nwritten to {args.json}")
 

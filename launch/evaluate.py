@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from avs_dist import world
@@ -134,7 +133,7 @@ def _evaluate(args: Any) -> None:
         return
     facts = {
         "checkpoint": str(find_checkpoint(args.checkpoint)),
-        "shards": str(Path(config.data.shards)),
+        "shards": config.data.shards,
         "split": args.split,
     }
     if system.query is not None:

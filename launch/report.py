@@ -187,7 +187,7 @@ def _write(args: Any, config: Config, picture: bytes, numbers: dict[str, Any]) -
     args.out.write_bytes(picture)
     facts = {
         "checkpoint": str(_checkpoint(args)),
-        "shards": str(Path(config.data.shards)),
+        "shards": config.data.shards,
         "split": args.split,
     }
     write_text(args.out.with_suffix(".json"), json.dumps({**facts, **numbers}, indent=1) + "\n")

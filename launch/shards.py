@@ -101,7 +101,7 @@ def _build_parser() -> Parser:
 
 def _folder_parser(description: str) -> Parser:
     parser = Parser(description=description)
-    parser.add_argument("directory", type=Path, help="folder of the shards")
+    parser.add_argument("directory", type=str, help="folder of the shards, or its URL (info)")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -54,7 +55,12 @@ def opened_plain(path: str | Path) -> Iterator[int]:
     Raises:
         OSError: If it cannot be opened, or is a link, pipe, device or folder.
     """
-    file = os.open(path, _PLAIN)
+    try:
+        file = os.open(path, _PLAIN)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(f"{path} is a symbolic link, which is not followed here: put the file itself there") from error
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise OSError(f"{path} is not a plain file but a link, pipe, device or folder")

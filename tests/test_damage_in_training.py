@@ -45,7 +45,13 @@ def write_set(folder: Path, seed: int = 0, clips: int = CLIPS) -> ShardIndex:
             )
             writer.add(sample, encode_clip(sample))
         shards.append(writer.close())
-    settings = {"source": "test", "source_rule": "-", "image_size": SIZE, "clip_seconds": SECONDS}
+    settings = {
+        "source": "test",
+        "source_rule": "-",
+        "image_size": SIZE,
+        "clip_seconds": SECONDS,
+        "frame_format": "raw",
+    }
     index = ShardIndex(folder, settings, tuple(shards), ())
     index.save()
     return index

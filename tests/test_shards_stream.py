@@ -359,7 +359,7 @@ def test_only_plain_files_are_opened(copy: Path, kind: str, name: str):
     else:
         os.mkfifo(path)
     if name == "index.json":
-        with pytest.raises(OSError, match=r"symbolic links|not a plain file"):
+        with pytest.raises(OSError, match=r"is a symbolic link|not a plain file"):
             ShardIndex.load(copy)
     else:
         with pytest.raises(DamagedClipError, match=r"cannot be read as a plain file") as error:
