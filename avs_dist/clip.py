@@ -57,8 +57,8 @@ class Clip:
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Clip:
         """Copy on `device`; the floating-point fields in `dtype`, the frames normalised."""
 
-        def moved(value: Tensor | None, *to: torch.dtype) -> Any:
-            return None if value is None else value.to(device, *to, non_blocking=True)
+        def moved(value: Tensor | None, to: torch.dtype | None = None) -> Any:
+            return None if value is None else value.to(device=device, dtype=to, non_blocking=True)
 
         return replace(
             self,

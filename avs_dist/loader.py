@@ -219,7 +219,7 @@ def _iterate(stream: IterableDataset[Any], workers: int) -> Iterator[Loaded[Any]
     return loaded
 
 
-def _as_it_is(loaded: Loaded[Any]) -> Loaded[Any]:
+def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 

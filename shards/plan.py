@@ -222,7 +222,7 @@ class StreamState:
 
 
 def fingerprint(sets: Sequence[Sequence[Sequence[str]]], weights: Sequence[float]) -> str:
-    """Short hash of all that the order depends on but seed and window: the keys in each shard of each set, and weights."""
+    """Short hash of what the order depends on beside seed and window: weights, and the keys in each shard."""
     sha256 = hashlib.sha256(repr(_quotas(weights, len(sets))).encode())
     for shards in sets:
         sha256.update(b"\2")

@@ -8,6 +8,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,16 @@ RAW_MEMBERS: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str
     "a million seconds": (lambda m: {**m, "json": m["json"].replace(b'"seconds": 2', b'"seconds": 1000000')}, "schema"),
     "a format that does not exist": (lambda m: {**m, "json": m["json"].replace(b'"raw"', b'"exe"')}, "schema"),
 }  # fmt: skip
+
+
+def test_a_clip_of_another_length_is_refused(raw: Path):
+    """It would make a batch of any length."""
+    shorter = sample("val0")
+    shorter = replace(
+        shorter,
+        **{name: getattr(shorter, name)[:1] for name in ("frames_THWC", "mel_TFM", "masks_THW", "labelled_T")},
+    )
+    assert kind_of(raw, lambda _: encode_clip(shorter)) == "schema"
 
 
 @pytest.mark.parametrize("what", RAW_MEMBERS)

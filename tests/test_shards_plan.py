@@ -75,7 +75,7 @@ def interleaved(plan: StepPlan, workers: int) -> list[range]:
 
 
 def global_steps(plan: StepPlan, workers: int = 0) -> list[list[int]]:
-    """Positions of every step, in order, put together from all ranks, which have equally many disjoint micro-batches."""
+    """Positions of every step, in order, put together from all ranks, whose micro-batches are equal and disjoint."""
     ranks = [interleaved(replace(plan, rank=rank), workers) for rank in range(plan.world_size)]
     assert {len(batches) for batches in ranks} == {len(plan)} == {plan.num_steps * plan.accumulation}
     assert {len(batch) for batches in ranks for batch in batches} == {plan.size}
