@@ -212,7 +212,6 @@ def serve(connection: Connection, memory: int) -> None:
         signal.alarm(int(request["deadline_s"]) + 10)
         try:
             answer, arrays = _answer(request, memory, lambda stage, path: tell(status="stage", stage=stage, path=path))
-            os.ftruncate(memory, 0)
             os.pwritev(memory, [np.ascontiguousarray(array).data.cast("B") for array in arrays if array.size], 0)
             tell(status="done", **answer)
         except Exception as error:  # any failure belongs to the clip, not to the worker
