@@ -21,6 +21,7 @@ from avs_dist.launch.benchmarks.loader_parts import TINY, Bench
 from avs_dist.launch.cli import run
 
 CLIPS = 8
+RATES = ("clips_per_s", "clips_per_cpu_s")
 KINDS = {"ours": "raw", "literal": "literal", "webdataset": "raw"}
 
 
@@ -91,7 +92,7 @@ def test_every_loader_reads_each_clip_once_in_a_pass(sets: Path, kind: str):
 def test_a_rate_counts_as_many_clips_as_asked(sets: Path, kind: str):
     measured = loader_measure.rate(Loader(kind, str(sets / KINDS[kind])), least_clips=20, least_seconds=0.0)
     assert measured["clips"] == 20
-    assert measured["clips_per_s"] > 0
+    assert all(measured[key] > 0 for key in RATES)
 
 
 @pytest.mark.parametrize(("normalise", "dtype"), [(False, torch.uint8), (True, torch.float32)])
@@ -106,6 +107,7 @@ def test_raw_decord_reads_the_frames_of_the_video_members(film_set: Path):
     (clip,) = next(iter(reader))
     stored = {name: clip.frames_BTCHW[b].movedim(1, -1).numpy() for b, name in enumerate(clip.key)}
     assert sorted(stored) == ["film_0000", "film_0001"]
+    assert np.abs(stored["film_0000"].astype(int) - stored["film_0001"]).mean() > 10
     for frames_THWC, name in zip(read, sorted(stored), strict=True):
         assert frames_THWC.shape == (5, 32, 32, 3)
         # another frame is 30 grey levels away
@@ -122,15 +124,18 @@ def test_clips_of_films_begin_at_different_places(tmp_path: Path):
     assert len({sample.frames_THWC.tobytes() for sample in samples}) == 4
 
 
-def test_memory_counts_children_too():
-    """A child that holds 64 MB."""
-    alone_mib = loader_measure._resident_mib()
-    code = "import sys; held = bytearray(64 << 20); print(flush=True); sys.stdin.read()"
+def test_memory_and_time_count_children_too():
+    """A child that holds 64 MB and was busy for a fifth of a second."""
+    alone_mib, begin_s = loader_measure._resident_mib(), loader_measure._cpu_s()
+    code = "import sys, time; held = bytearray(b'1' * (64 << 20))\n"
+    code += "while time.process_time() < 0.2: pass\n"
+    code += "print(flush=True); sys.stdin.read()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == b"\n"
         assert 64 < loader_measure._resident_mib() - alone_mib < 128
+        assert loader_measure._cpu_s() - begin_s > 0.15
     finally:
         child.kill()
         child.communicate(timeout=10)
@@ -176,7 +181,7 @@ def test_the_command_measures_all_parts(tmp_path: Path, capsys: pytest.CaptureFi
         (frames, workers) for frames in ("raw", "jpeg") for workers in (0, 1)
     ]
     assert [row["kind"] for row in found["video"]] == ["ours", "decord"]
-    assert all(row["clips_per_s"][name] > 0 for row in rates for name in ("p20", "p50", "p80"))
+    assert all(row[key][name] > 0 for row in rates for key in RATES for name in ("p20", "p50", "p80"))
     assert all(row["clips"] == TINY.clips for part in ("rate", "workers") for row in found[part])
     assert all(row["kb"] > 100 for row in found["rate"])
     assert [row["clips"] for row in found["memory"]] == [80, 80, 8]
@@ -218,7 +223,8 @@ def test_what_fails_is_told_and_the_rest_measured(sets: Path, tmp_path: Path):
 
 
 def rate_row(label: str, rate: float) -> loader_parts.Row:
-    return {"label": label, "kb": 1003.2, "clips_per_s": {"p20": rate - 1, "p50": rate, "p80": rate + 1}}
+    spread = {"p20": rate - 1, "p50": rate, "p80": rate + 1}
+    return {"label": label, "kb": 1003.2, "clips_per_s": spread, "clips_per_cpu_s": dict.fromkeys(spread, 5.0)}
 
 
 def test_the_table_compares_with_the_baselines():
@@ -226,9 +232,9 @@ def test_the_table_compares_with_the_baselines():
     rows.append(rate_row("webdataset, same raw shards", 800))
     table = loader_report.markdown({"device": "some"}, "two clips", {"rate": rows})
     assert "device: some." in table
-    assert "| ours, raw | 1003 | 1,000 (999-1,001) | 10.00 | 1.25 |" in table
+    assert "| ours, raw | 1003 | 1,000 (999-1,001) | 10.00 | 1.25 | 5.0 (5.0-5.0) |" in table
     alone = loader_report.markdown({}, "two clips", {"rate": rows[:1]})
-    assert "| ours, raw | 1003 | 1,000 (999-1,001) | - | - |" in alone
+    assert "| ours, raw | 1003 | 1,000 (999-1,001) | - | - | 5.0 (5.0-5.0) |" in alone
 
 
 def test_spreads_are_quantiles_over_repeats():

@@ -100,7 +100,7 @@ def _parser() -> _Parser:
     parser.add_argument("--clips", type=int, default=256, help="clips of each set (default 256)")
     parser.add_argument("--seconds", type=float, default=2.0, help="least time of one measurement (default 2)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each rate (default 5)")
-    parser.add_argument("--limit-s", type=float, default=300.0, help="longest time for one measurement (default 300)")
+    parser.add_argument("--limit-s", type=float, default=900.0, help="longest time for one measurement (default 900)")
     parser.add_argument("--tiny", action="store_true", help="dry run: few small clips, each measured once")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")

@@ -1,11 +1,12 @@
-"""What `bench loader` measures, each function in a process of its own with one thread."""
+"""What `bench loader` measures, in other processes by `with_one_thread`."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ BATCH = 4
 # what is loaded before the clock starts: caches fill, and a loading process may be ahead by two batches
 _WARM_UP, _WARM_UP_OF_PROCESS = 2, 4
 _ENDLESS = 10**9
+_PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Loader(NamedTuple):
@@ -68,23 +70,39 @@ def train_batches(folder: str, workers: int, first_step: int = 0) -> TrainBatche
     return TrainBatches(config, ShardIndex.load(folder), first_step)
 
 
+def with_one_thread(limit_s: float, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of this file in a process of its own; its figures are those of one core, which it is not tied to.
+
+    The process ends where the call takes longer, also when nobody waits for it any more.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    signal.alarm(int(limit_s) + 10)
+    result = function(*arguments)
+    signal.alarm(0)
+    return result
+
+
 def rate(loader: Loader, least_clips: int, least_seconds: float) -> dict[str, float]:
-    """Clips per second in the steady state, over at least so many clips and seconds."""
-    _use_one_thread()
+    """Clips per second in the steady state, over at least so many clips and seconds.
+
+    "clips_per_s" by the clock, "clips_per_cpu_s" by the time that this process and its children were running, which
+    other programs do not change much.
+    """
     stream = batches(loader)
     for _ in range(_WARM_UP + _WARM_UP_OF_PROCESS * loader.workers):
         next(stream)
-    clips, seconds, start = 0, 0.0, time.perf_counter()
+    clips, seconds, start, cpu_start_s = 0, 0.0, time.perf_counter(), _cpu_s()
     while clips < least_clips or seconds < least_seconds:
         clips += len(next(stream))
         seconds = time.perf_counter() - start
+    cpu_s = _cpu_s() - cpu_start_s
     stream.close()
-    return {"clips": clips, "clips_per_s": clips / seconds}
+    return {"clips": clips, "clips_per_s": clips / seconds, "clips_per_cpu_s": clips / cpu_s}
 
 
 def memory(loader: Loader, num_clips: int) -> dict[str, Any]:
     """Resident MiB of this process and its children after each tenth of the clips."""
-    _use_one_thread()
     stream = batches(loader)
     clips = 0
     resident_mib = []
@@ -103,7 +121,6 @@ def state_after(folder: str, steps: int) -> str:
 
 def start(folder: str, workers: int, steps: int = 0, state: str | None = None) -> dict[str, Any]:
     """Seconds from an open program to the first batch of a run, new or restored after so many steps; its clips."""
-    _use_one_thread()
     begin = time.perf_counter()
     run = train_batches(folder, workers, steps)
     if state is not None:
@@ -114,7 +131,6 @@ def start(folder: str, workers: int, steps: int = 0, state: str | None = None) -
 
 def walk(folder: str, steps: int) -> dict[str, Any]:
     """Seconds to the batch behind so many steps where all before it are read; its clips."""
-    _use_one_thread()
     begin = time.perf_counter()
     stream = iter(train_batches(folder, workers=0))
     for _ in range(steps):
@@ -123,27 +139,34 @@ def walk(folder: str, steps: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "first": clip.key}
 
 
-def _use_one_thread() -> None:
-    """Without loading processes the figures are then those of one core; no process is tied to one."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
-
 def _resident_mib() -> float:
     """Of this process and all below it."""
-    parents: dict[int, int] = {}
-    resident_kb: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/status"):
-        try:
-            fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
-        except OSError:  # it has ended meanwhile
-            continue
-        process = int(fields["Pid"])
-        parents[process], resident_kb[process] = int(fields["PPid"]), int(fields.get("VmRSS", "0 kB").split()[0])
-    return sum(kb for process, kb in resident_kb.items() if _is_below(process, os.getpid(), parents)) / 1024
+    return sum(_resident_pages(process) for process in [os.getpid(), *_below(os.getpid())]) * _PAGE_MIB
 
 
-def _is_below(process: int, ancestor: int, parents: dict[int, int]) -> bool:
-    while process in parents and process != ancestor:
-        process = parents[process]
-    return process == ancestor
+def _cpu_s() -> float:
+    """Time that this process and all below it were running."""
+    ticks = sum(int(field) for process in _below(os.getpid()) for field in _stat(process)[11:13])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _below(ancestor: int) -> list[int]:
+    """Children of a process, and theirs."""
+    parents = {int(path.name): int(_stat(int(path.name))[1]) for path in Path("/proc").glob("[0-9]*")}
+    found, latest = [], [ancestor]
+    while latest:
+        latest = [process for process, parent in parents.items() if parent in latest]
+        found += latest
+    return found
+
+
+def _stat(process: int) -> list[str]:
+    """Fields of /proc/PID/stat from the state on; zeros where it has ended meanwhile."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["0"] * 50
+
+
+def _resident_pages(process: int) -> int:
+    return int(_stat(process)[21])

@@ -219,7 +219,8 @@ class Bench:
             for label, call in tqdm(list(calls.items()) * repeats, desc=part):
                 if "failed" in rows[label]:
                     continue
-                result = workers[label].call(call.function, *call.arguments, limit_s=self._limit_s)
+                arguments = self._limit_s, call.function, *call.arguments
+                result = workers[label].call(loader_measure.with_one_thread, *arguments, limit_s=self._limit_s)
                 if why := result.get("failed") or result.get("skipped"):
                     rows[label]["failed"] = why
                 results[label].append(result)
@@ -253,7 +254,8 @@ class Bench:
 
 def _summary(results: Sequence[Row]) -> Row:
     """Of several results: the spread of rates and times, the last of everything else."""
-    spread: Row = {k: _spread([result[k] for result in results]) for k in ("clips_per_s", "seconds") if k in results[0]}
+    measured = [name for name in ("clips_per_s", "clips_per_cpu_s", "seconds") if name in results[0]]
+    spread: Row = {name: _spread([result[name] for result in results]) for name in measured}
     return {**results[-1], **spread}
 
 
