@@ -46,19 +46,13 @@ class DamageLog:
         """How many clips by kind of damage, the most frequent first."""
         return dict(Counter(damage.kind for damage in self._found.values()).most_common())
 
-    def add(self, damages: Sequence[Damage]) -> bool:
-        """Note damage; the first of a kind is told on rank 0. Returns whether any of it is new."""
-        new = 0
+    def add(self, damages: Sequence[Damage]) -> None:
+        """Note damage; the first of a kind is told on rank 0."""
         for damage in damages:
-            place = damage.shard, damage.name
-            if place in self._found:
-                continue
             if world.is_main() and damage.kind not in self.counts:
                 more = "further clips of this kind are counted in silence"
                 tqdm.write(f"damaged clip ({damage.kind}: {KINDS[damage.kind]}): {damage}; {more}", file=sys.stderr)
-            self._found[place] = damage
-            new += 1
-        return new > 0
+            self._found.setdefault((damage.shard, damage.name), damage)
 
     def check(self) -> None:
         """Raises TooManyDamagedError, with the report, where the bound is exceeded."""
@@ -86,8 +80,8 @@ class DamageLog:
         return [f"{kind}: {damage}" for kind, damage in first.items()]
 
 
-def agree(log: DamageLog, damages: Sequence[Damage], failure: Exception | None = None) -> bool:
-    """Note what any rank has found, on all ranks; collective. Returns whether any of it is new.
+def agree(log: DamageLog, damages: Sequence[Damage], failure: Exception | None = None) -> None:
+    """Note what any rank has found, on all ranks; collective.
 
     Args:
         failure: Why this rank has no batch, if so; then all ranks stop.
@@ -97,13 +91,12 @@ def agree(log: DamageLog, damages: Sequence[Damage], failure: Exception | None =
         RuntimeError: a rank has no batch, on all other ranks; `failure` itself on that rank.
     """
     if not world.any_rank(bool(damages) or failure is not None):
-        return False
+        return
     told = world.gather_objects((list(damages), None if failure is None else f"{type(failure).__name__}: {failure}"))
-    new = log.add([damage for found, _ in told for damage in found])
+    log.add([damage for found, _ in told for damage in found])
     if failure is not None:
         raise failure
     for rank, (_, reason) in enumerate(told):
         if reason is not None:
             raise RuntimeError(f"rank {rank} has no batch: {reason}")
     log.check()
-    return new

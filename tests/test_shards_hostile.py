@@ -136,7 +136,6 @@ STRANGE_MEMBERS = {
     "global pax header": ({"kind": tarfile.XGLTYPE, "data": b"19 path=/etc/passwd\n"}, "tar"),
     "pax size": ({"kind": tarfile.XHDTYPE, "data": b"20 size=10000000000\n"}, "tar"),
     "pax link": ({"kind": tarfile.XHDTYPE, "data": b"24 linkpath=/etc/passwd\n"}, "tar"),
-    "pax path of a wrong length": ({"kind": tarfile.XHDTYPE, "data": b"99 path=val0.x\n"}, "tar"),
     "long name of nothing": ({"kind": tarfile.XHDTYPE, "data": b"15 path=val0.x\n"}, "tar"),
     "claims 7 GiB": ({"size": 7 * 2**30}, "oversize"),
     "claims 10 GiB": ({"size": 10 * 2**30, "form": tarfile.GNU_FORMAT}, "oversize"),
@@ -165,6 +164,10 @@ STRANGE_BYTES = {
     "end of archive in the middle": (lambda segment: segment + b"\0" * 1024, "tar"),
     "size in words": (lambda segment: segment[:124] + b"twelve\0\0\0\0\0\0" + segment[136:], "tar"),
     "no magic": (lambda segment: segment[:257] + b"gnu\0\0" + segment[262:], "tar"),
+    "a long name of a wrong length": (
+        lambda segment: appended(appended(segment, "x", b"99 path=val0.x\n", tarfile.XHDTYPE), "z"),
+        "tar",
+    ),
     "two long names": (
         lambda segment: (
             appended(segment, "x", b"15 path=val0.x\n", tarfile.XHDTYPE)
