@@ -32,6 +32,7 @@ class Fault:
     drip_at:  from there on one byte comes every 20 ms.
     flip_at:  this byte is another one.
     claim:    length that is claimed instead of the true one.
+    begin:    first byte that a range is said to begin with instead of the true one.
     chunked:  no length is told, and `surplus` bytes more come than there are.
     location: where the answer redirects to.
     headers:  more headers of the answer.
@@ -44,6 +45,7 @@ class Fault:
     drip_at: int | None = None
     flip_at: int | None = None
     claim: int | None = None
+    begin: int | None = None
     chunked: bool = False
     surplus: int = 0
     location: str = ""
@@ -153,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             content = content[: fault.flip_at] + bytes([content[fault.flip_at] ^ 1]) + content[fault.flip_at + 1 :]
         self.send_response(206 if match else 200)
         if match:
-            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+            said = begin if fault.begin is None else fault.begin
+            self.send_header("Content-Range", f"bytes {said}-{len(content) - 1}/{len(content)}")
         if fault.chunked:
             self.send_header("Transfer-Encoding", "chunked")
         else:

@@ -134,6 +134,19 @@ def test_many_processes_fetch_a_shard_once(folder, tmp_path):
         assert server.count("a.tar") == 1
 
 
+def test_many_that_begin_at_once_fetch_a_shard_once(folder, tmp_path):
+    with serving(folder) as server:
+        for name in NAMES:
+            threads = [
+                threading.Thread(target=read, args=(ShardCache(tmp_path, 5 * SIZE), server, name)) for _ in range(6)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+            assert server.count(f"{name}.tar") == 1
+
+
 def test_the_others_take_over_when_the_filler_is_killed(folder, tmp_path):
     with serving(folder, {"a.tar": [Fault(stall_at=SIZE // 2)]}) as server:
         wanted = shard(server, "a")

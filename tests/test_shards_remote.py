@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from avs_dist.shards.transfer import FetchError, MissingError, RefusedError, Sto
 
 SIZE = 3_000_000
 CONTENT = random.Random(0).randbytes(SIZE)
+PATIENT = Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05)
 QUICK = Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
 # tries to spare on a busy machine, where a good server may seem to stall
 STEADY = Patience(tries=8, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
@@ -36,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def fetched(server: Server, patience: Patience = STEADY, name: str = "a.tar") -> bytes:
+def fetched(server: Server, patience: Patience = PATIENT, name: str = "a.tar") -> bytes:
     file = io.BytesIO()
     fetch(f"{server.url}/{name}", file, SIZE, patience)
     return file.getvalue()
@@ -62,13 +64,23 @@ FAULTS = {
 @pytest.mark.parametrize("kind", FAULTS)
 def test_two_faults_in_a_row_are_survived(folder, kind):
     with serving(folder, {"a.tar": [FAULTS[kind]] * 2}) as server:
-        assert fetched(server) == CONTENT
+        assert fetched(server, STEADY) == CONTENT
 
 
-@pytest.mark.parametrize("kind", ["cut", "stalls", "cut without length"])
-def test_servers_without_ranges_are_asked_from_the_start(folder, kind):
+@pytest.mark.parametrize("kind", ["cut", "cut without length"])
+def test_servers_without_ranges_begin_anew(folder, kind):
     with serving(folder, {"a.tar": [FAULTS[kind]] * 2}, ranges=False) as server:
         assert fetched(server) == CONTENT
+        assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("fault", [Fault(status=416), Fault(begin=5)], ids=["refused", "another range"])
+def test_a_range_that_cannot_be_had_is_given_up(folder, fault):
+    with serving(folder, {"a.tar": [Fault(cut_at=1_000_000), fault]}) as server:
+        assert fetched(server) == CONTENT
+    begins = [request.range for request in server.requests]
+    assert begins[0] == begins[2] == ""
+    assert begins[1].startswith("bytes=")
 
 
 def test_a_cut_transfer_goes_on_where_it_was_cut(folder):
@@ -82,11 +94,11 @@ def test_a_cut_transfer_goes_on_where_it_was_cut(folder):
 def test_tries_count_anew_after_progress(folder):
     cuts = [Fault(cut_at=1_200_000), Fault(status=500), Fault(cut_at=2_500_000), Fault(status=500)]
     with serving(folder, {"a.tar": cuts}) as server:
-        assert fetched(server, QUICK) == CONTENT
+        assert fetched(server) == CONTENT
     # without ranges nothing new ever comes, and it must end
     with serving(folder, {"a.tar": repeat(Fault(cut_at=1_200_000))}, ranges=False) as server:
         with pytest.raises(FetchError, match="gave up after 3 tries"):
-            fetched(server, QUICK)
+            fetched(server)
         assert len(server.requests) <= 5
 
 
@@ -176,10 +188,10 @@ def test_compressed_answers_are_refused_instead_of_unpacked(folder):
 def test_fetch_bytes_has_a_bound(folder):
     with serving(folder, {"a.tar": [Fault(), Fault(cut_at=1_000_000), Fault(), Fault(chunked=True)]}) as server:
         url = f"{server.url}/a.tar"
-        assert fetch_bytes(url, SIZE, QUICK) == CONTENT
-        assert fetch_bytes(url, SIZE, QUICK) == CONTENT  # cut once
+        assert fetch_bytes(url, SIZE, PATIENT) == CONTENT
+        assert fetch_bytes(url, SIZE, PATIENT) == CONTENT  # cut once
         assert len(server.requests) == 3
-        assert fetch_bytes(url, SIZE, QUICK) == CONTENT  # without a length
+        assert fetch_bytes(url, SIZE, PATIENT) == CONTENT  # without a length
         with pytest.raises(FetchError, match="it has 3000000 bytes, at most 2999999 are accepted"):
             fetch_bytes(url, SIZE - 1, QUICK)
     with (
@@ -256,20 +268,31 @@ def test_secrets_are_not_shown(folder):
 
 
 class Storage(MemoryFileSystem):
-    """Objects in memory in place of a storage on the network; fails as often as `faults` says."""
+    """Objects in memory in place of a storage on the network; `faults` has what happens before each block."""
 
     protocol = "s3"
     store: dict = {}
     pseudo_dirs = [""]
-    faults: list[Exception] = []
+    faults: list[Callable[[], None]] = []
     ranges: list[tuple[int, int]] = []
 
     def cat_file(self, path, start=None, end=None, **options):
         assert options["timeout"] > 0
         self.ranges.append((start, end))
         if self.faults:
-            raise self.faults.pop(0)
+            self.faults.pop(0)()
         return super().cat_file(path, start, end)
+
+
+def nothing() -> None:
+    """Happens."""
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def fault() -> None:
+        raise error
+
+    return fault
 
 
 @pytest.fixture
@@ -285,12 +308,21 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> type[Storage]:
 
 def test_objects_come_in_blocks_and_go_on_after_a_fault(storage):
     file = io.BytesIO()
-    storage.faults += [OSError("reset: s3://key:secret@bucket/big.tar"), FSTimeoutError()]
+    storage.faults += [nothing, raising(OSError("reset")), raising(FSTimeoutError())]
     fetch("s3://bucket/big.tar", file, 4 * SIZE, QUICK)
     assert file.getvalue() == CONTENT * 4
     block = 4 * 2**20
-    assert storage.ranges == [(0, block)] * 3 + [(block, 2 * block), (2 * block, 4 * SIZE)]
+    assert storage.ranges == [(0, block)] + [(block, 2 * block)] * 3 + [(2 * block, 4 * SIZE)]
     assert fetch_bytes("s3://bucket/big.tar", 4 * SIZE, QUICK) == CONTENT * 4
+
+
+def test_an_object_that_has_become_shorter_is_read_anew(storage):
+    def replace() -> None:
+        fsspec.filesystem("s3").pipe("/bucket/big.tar", b"short")
+        raise OSError("reset")
+
+    storage.faults += [nothing, replace]
+    assert fetch_bytes("s3://bucket/big.tar", 4 * SIZE, QUICK) == b"short"
 
 
 def test_names_of_objects_are_no_chains_of_storages(storage, tmp_path):
@@ -305,10 +337,13 @@ def test_faults_of_objects_are_named(storage):
         fetch_bytes("s3://bucket/none.tar", 10, QUICK)
     with pytest.raises(FetchError, match="it has 12000000 bytes, at most 10 are accepted"):
         fetch_bytes("s3://bucket/big.tar", 10, QUICK)
-    storage.faults += [PermissionError("secret")]
+    storage.faults += [raising(PermissionError("secret"))]
     with pytest.raises(RefusedError, match="s3://bucket/big.tar: access refused"):
         fetch_bytes("s3://bucket/big.tar", 4 * SIZE, QUICK)
-    storage.faults += [RuntimeError("at http://k:secret@h/x?secret")] * 3
+    storage.faults += [raising(FSTimeoutError())] * 3
+    with pytest.raises(FetchError, match="gave up after 3 tries, the last: nothing came for 1.2 s"):
+        fetch_bytes("s3://bucket/big.tar", 4 * SIZE, QUICK)
+    storage.faults += [raising(RuntimeError("at http://k:secret@h/x?secret"))] * 3
     with pytest.raises(FetchError, match="gave up after 3 tries, the last: RuntimeError: at http://h/x$"):
         fetch_bytes("s3://bucket/big.tar", 4 * SIZE, QUICK)
 
