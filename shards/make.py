@@ -29,11 +29,7 @@ def make_sample(
         raise ClipError(f"{job.path} has extracted frames, no film to store: add --decode-video or use other --frames")
     # of a clip with extracted frames only the sound is decoded
     wanted = len(job.frames) or job.seconds
-    sound = None if job.mel else job.sound
-    if job.video or sound:
-        media = worker.decode(job.video, sound, job.start_s, wanted, size, store_video)
-    else:
-        media = Media(frames_THWC=None, waveform_S=None, sample_rate_hz=0, video=None, decoder=None)
+    media = worker.decode(job.video, job.sound, job.start_s, wanted, size, store_video)
     meta: dict[str, Any] = {**job.meta, "start_s": job.start_s, "decoder": media.decoder or "png"}
     if job.frames:
         pictures = [read_frame(path, size, job.fit) for path in job.frames]

@@ -90,7 +90,7 @@ class _TorchMachine(PickleMachine):
 
     def _set_items(self, items: tuple[Any, ...]) -> None:
         # only texts as keys: the hash of nested tuples can take for ever
-        if not isinstance(self.top(), dict) or len(items) % 2 or not are(items[::2], *[str] * (len(items) // 2)):
+        if not isinstance(self.top(), dict) or not are(items[::2], *[str] * (len(items) // 2)):
             raise ValueError(f"met items for {kind_of(self.top())}")
         self.top().update(zip(items[::2], items[1::2], strict=True))
 
@@ -163,8 +163,7 @@ def _content(data: bytes) -> Any:
         return _torch_file(data, machine)
     stream = io.BytesIO(data)
     value = machine.run(stream)
-    # type, not value: 3 == True, and arrays compare value by value
-    if type(value) is int and value == _MAGIC_NUMBER:
+    if value == _MAGIC_NUMBER:
         return _torch_file(data, machine)
     if stream.tell() != len(data):
         raise ValueError("something is left over")
@@ -179,7 +178,7 @@ def _torch_file(data: bytes, machine: _TorchMachine) -> Any:
 def _legacy_file(data: bytes, machine: _TorchMachine) -> Any:
     stream = io.BytesIO(data)
     magic, protocol, system = machine.run(stream), machine.run(stream), machine.run(stream)
-    if type(magic) is not int or (magic, type(protocol)) != (_MAGIC_NUMBER, int) or protocol != _PROTOCOL:
+    if (magic, protocol) != (_MAGIC_NUMBER, _PROTOCOL):
         raise ValueError("its bytes are no file of torch.save")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise ValueError("its values are not in little-endian order")
@@ -230,11 +229,12 @@ def _values(tensor: _Tensor) -> np.ndarray:
         or not all(type(side) is int and 0 <= side <= MAX_MEMBER_BYTES for side in sides)
     ):
         raise ValueError("its shape is none of a tensor within the limits")
-    last = tensor.offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
-    # also against strides of 0, which make any number of values of one
-    if storage.data is None or math.prod(shape) > storage.count or (math.prod(shape) and last >= storage.count):
+    count = math.prod(shape)
+    steps = sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True)) if count else -1
+    # the count also against strides of 0, which make any number of values of one
+    if storage.data is None or count > storage.count or tensor.offset + steps >= storage.count:
         raise ValueError(f"it claims values {shape}, but has {storage.count}")
     dtype = np.dtype(storage.dtype)
     byte_strides = tuple(stride * dtype.itemsize for stride in strides)
-    values = np.ndarray(shape, dtype, storage.data, min(tensor.offset, storage.count) * dtype.itemsize, byte_strides)
+    values = np.ndarray(shape, dtype, storage.data, tensor.offset * dtype.itemsize, byte_strides)
     return values.astype(dtype.newbyteorder("="), order="C")

@@ -137,14 +137,27 @@ def test_what_is_mixed_is_refused_with_its_files(tmp_path: Path):
     assert len(jobs["late"].masks) == 5  # the build ignores those behind the end
 
 
-def test_longer_and_shorter_clips_count_from_0_too(tmp_path: Path):
-    data = write_ms3(tmp_path, {"a": "train"}, seconds=10)
+@pytest.mark.parametrize(("seconds", "clip_s"), [(5, 4), (10, 3), (10, 5), (6, 10), (10, 10)])
+def test_longer_and_shorter_clips_count_from_0_too(tmp_path: Path, seconds: int, clip_s: int):
+    data = write_ms3(tmp_path, {"a": "train"}, seconds=seconds)
     for folder in ("visual_frames/a", "gt_masks/train/a"):
         renumbered(data / folder, "{name}_{n}.png", -1)
-    for clip_s in (3, 5, 10):
-        job = jobs_of(tmp_path, clip_s=clip_s)["a"]
-        assert job.problem is None
-        assert [path.name for path in job.frames] == [f"a_{k}.png" for k in range(clip_s)]
+    job = jobs_of(tmp_path, clip_s=clip_s)["a"]
+    assert job.problem is None
+    assert [path.name for path in job.frames] == [f"a_{k}.png" for k in range(min(seconds, clip_s))]
+
+
+def test_masks_that_do_not_count_need_no_frame(tmp_path: Path):
+    data = write_s4(tmp_path, "{name}")
+    (data / "visual_frames/tr_1/tr_1_5.png").unlink()
+    shutil.copy(data / "gt_masks/tr_1/tr_1_1.png", data / "gt_masks/tr_1/tr_1_5.png")
+    job = jobs_of(tmp_path, avsbench.S4)["tr_1"]
+    assert (job.problem, len(job.frames)) == (None, 4)
+
+
+def test_a_clip_without_a_category_stays_in_the_data_folder():
+    places = avsbench._places("{name}", avsbench.Row("a", "train", ""))
+    assert places == ["a", "train/a"]
 
 
 def test_masks_alone_tell_the_first_number_of_decoded_frames(tmp_path: Path):

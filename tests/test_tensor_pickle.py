@@ -128,6 +128,7 @@ REFUSED = {
     "values of one by strides of 0": (tensor_of(saved(TYPED, False), (9, 2**20), (0, 0)), "claims values"),
     "values beyond the end": (tensor_of(saved(TYPED, False), (2,), (6,)), "claims values"),
     "values behind the end": (tensor_of(saved(TYPED, False), (1,), (1,), 6), "claims values"),
+    "no values beyond the end": (tensor_of(saved(TYPED, False), (0,), (1,), 7), r"claims values \(0,\), but has 6"),
     "values before the start": (tensor_of(saved(TYPED, False), (2,), (-1,), 5), "within the limits"),
     "a negative shape": (tensor_of(saved(TYPED, False), (-2, -3), (1, 1)), "within the limits"),
     "a negative offset": (tensor_of(saved(TYPED, False), offset=-1), "within the limits"),
@@ -176,6 +177,19 @@ CRAFTED = {
     "another kind": (legacy(PERSISTENT.replace(b"storage", b"modules") + b"K\x02NtQ.", VALUES), "persistent object"),
     "a text as an identity": (legacy(b"\x80\x02X\x01\x00\x00\x00aQ."), "met the persistent object str"),
     "a line as an identity": (legacy(b"\x80\x02Pa\n."), "met the operation PERSID"),
+    "no name of a storage": (
+        PERSISTENT.replace(b"ctorch\nFloatStorage", b"cnumpy\nndarray") + b"K\x02NtQ.",
+        "persistent object of ndarray",
+    ),
+    "two named storages": (
+        legacy(PERSISTENT + b"K\x02NtQ" + PERSISTENT[2:] + b"K\x02NtQ\x86.", VALUES),
+        "met a second storage",
+    ),
+    "a storage that is nowhere": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor\n(" + PERSISTENT[2:] + b"K\x02NtQK\x00K\x02\x85K\x01\x85tR.",
+        r"claims values \(2,\)",
+    ),
+    "no storage under no name": (legacy(b"\x80\x02K\x01.", VALUES, b"\x80\x02](X\x00\x00\x00\x00e."), "that it lists"),
     "other keys": (legacy(PERSISTENT + b"K\x02NtQ.", VALUES, b"\x80\x02](X\x01\x00\x00\x00be."), "that it lists"),
     "keys twice": (
         legacy(PERSISTENT + b"K\x02NtQ.", VALUES, b"\x80\x02](X\x01\x00\x00\x00aX\x01\x00\x00\x00ae."),

@@ -24,7 +24,7 @@ class ClipJob:
     frames:      Extracted frames, one a second; when empty they are decoded from `video`.
     video:       Media file, or None.
     sound:       File with the sound (a wav, or the video itself), or None.
-    mel:         File with the log-mel as published, which takes the place of the sound, or None.
+    mel:         File with the log-mel as published, or None; there is no `sound` then.
     masks:       Mask of each second from the first on; later ones are unlabelled, those behind the end are ignored.
     num_classes: Classes that the masks tell by colour; 1: what is not black sounds.
     fit:         How frames and masks become square.
