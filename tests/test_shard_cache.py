@@ -188,6 +188,19 @@ def test_the_least_recently_used_are_removed_first(folder, tmp_path):
         assert [server.count(f"{name}.tar") for name in NAMES] == [1] * 5
 
 
+def test_fetching_ahead_counts_as_use(folder, tmp_path):
+    cache = ShardCache(tmp_path, 2 * SIZE, QUICK)
+    with serving(folder) as server:
+        for name in "abc":
+            read(cache, server, name)
+            time.sleep(0.02)
+        cache.prepare(shard(server, "a"), threading.Event())
+        assert cached(tmp_path) == {"c", "a"}
+        time.sleep(0.02)
+        read(cache, server, "d")
+        assert cached(tmp_path) == {"a", "d"}
+
+
 def test_shards_in_use_are_kept(folder, tmp_path):
     cache = ShardCache(tmp_path, 2 * SIZE, QUICK)
     with serving(folder) as server:
