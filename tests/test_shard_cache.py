@@ -270,7 +270,7 @@ def test_foreign_files_are_left_alone(folder, tmp_path):
 @pytest.mark.parametrize("damage", ["flipped", "short", "deleted", "link", "all deleted"])
 @pytest.mark.parametrize("same_process", [True, False])
 def test_damaged_and_deleted_files_are_fetched_again(folder, tmp_path, damage, same_process):
-    cache = ShardCache(tmp_path, 2 * SIZE, QUICK)
+    cache = ShardCache(tmp_path, SIZE, QUICK)
     with serving(folder) as server:
         read(cache, server, "a")
         path = tmp_path / FOLDER / f"{shard(server, 'a').sha256}.tar"
@@ -286,7 +286,7 @@ def test_damaged_and_deleted_files_are_fetched_again(folder, tmp_path, damage, s
             path.unlink()
         if damage == "link":
             path.symlink_to(folder / "a.tar")
-        cache = cache if same_process else ShardCache(tmp_path, 2 * SIZE, QUICK)
+        cache = cache if same_process else ShardCache(tmp_path, SIZE, QUICK)
         assert read(cache, server, "a") == content("a")
         assert server.count("a.tar") == 2
         assert not path.is_symlink()
