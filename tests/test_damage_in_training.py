@@ -161,6 +161,7 @@ def test_a_hostile_set_is_trained_to_the_end_or_reported(copy: Path, tmp_path: P
         assert done.returncode == 1
         message = done.stderr.splitlines()[-1]
         assert "5 of 200 clips of train" in message
+        assert len(report["clips"]) == 5
         assert "data.max_damaged=0.02 allows 4" in message
         assert all(f"{kind} " in message and f"{kind}: shard" in message for kind in report["counts"])
         assert "offset" in message
