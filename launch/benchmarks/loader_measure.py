@@ -145,9 +145,10 @@ def _resident_mib() -> float:
 
 
 def _cpu_s() -> float:
-    """Time that this process and all below it were running."""
+    """Time that this process and all below it were running, those that have ended too."""
     ticks = sum(int(field) for process in _below(os.getpid()) for field in _stat(process)[11:13])
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+    ended = os.times()
+    return time.process_time() + ended.children_user + ended.children_system + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _below(ancestor: int) -> list[int]:
