@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from fractions import Fraction
 from typing import Any
 
@@ -67,9 +68,9 @@ class Video:
             ValueError: If nothing can be decoded in the second before a frame.
         """
         wanted = [self.ticks[i] for i in indices]
-        with av.open(self.path, options=LIMITS) as container:
-            shown, decoded = self._decoded(container, wanted[0])
-            following: Any = next(decoded, None)
+        with closing(self._decoded(wanted[0])) as decoded:
+            shown: Any = None
+            following = next(decoded, None)
             for tick in wanted:
                 while following is not None and following.pts <= tick:
                     shown, following = following, next(decoded, None)
@@ -83,16 +84,18 @@ class Video:
             run_up = 0 if self.container in _INDEXED else int(_RUN_UP_S / self.time_base)
             container.seek(tick - run_up, stream=container.streams[self.index], backward=True)
 
-    def _decoded(self, container: Any, tick: int) -> tuple[Any, Iterator[Any]]:
-        """A frame that is shown at `tick` or before it (None where there is none), and those behind it."""
-        self.seek(container, tick)
-        for _ in range(2):
-            decoded = _frames(container, self.index)
-            first = next(decoded, None)
-            if first is not None and first.pts <= tick:
-                return first, decoded
-            container.seek(self.ticks[0], stream=container.streams[self.index], backward=True)
-        return None, iter(())
+    def _decoded(self, tick: int) -> Generator[Any]:
+        """Decoded frames from one on that is not behind `tick`, if need be from the beginning of the film."""
+        for seek in (True, False):
+            with av.open(self.path, options=LIMITS) as container:
+                if seek:
+                    self.seek(container, tick)
+                frames = _frames(container, self.index)
+                first = next(frames, None)
+                if first is not None and (first.pts <= tick or not seek):
+                    yield first
+                    yield from frames
+                    return
 
 
 def video_stream(container: Any) -> Any:
