@@ -24,6 +24,7 @@ from faulty_server import Fault, Server, serving
 from avs_dist.shards import remote_store
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.index import ShardEntry
+from avs_dist.shards.locks import EXCLUSIVE, SHARED, lock_file, try_lock
 from avs_dist.shards.read_ahead import ReadAhead
 from avs_dist.shards.remote import Patience
 from avs_dist.shards.remote_store import RemoteStore
@@ -134,17 +135,38 @@ def test_many_processes_fetch_a_shard_once(folder, tmp_path):
         assert server.count("a.tar") == 1
 
 
-def test_many_that_begin_at_once_fetch_a_shard_once(folder, tmp_path):
+def test_many_that_find_a_shard_missing_at_once_fetch_it_once(folder, tmp_path):
     with serving(folder) as server:
-        for name in NAMES:
-            threads = [
-                threading.Thread(target=read, args=(ShardCache(tmp_path, 5 * SIZE), server, name)) for _ in range(6)
-            ]
+        wanted = shard(server, "a")
+        cache = ShardCache(tmp_path, SIZE, QUICK)
+        threads = [threading.Thread(target=read, args=(cache, server, "a")) for _ in range(6)]
+        with lock_file(tmp_path / FOLDER / f"{wanted.sha256}.lock") as lock:
+            assert try_lock(lock, SHARED)  # all of them get that far, none further
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                thread.join(20)
-            assert server.count(f"{name}.tar") == 1
+            time.sleep(0.2)
+            assert server.count("a.tar") == 0
+        for thread in threads:
+            thread.join(20)
+        assert server.count("a.tar") == 1
+
+
+def test_files_appear_under_the_lock_of_the_room(folder, tmp_path):
+    room = tmp_path / FOLDER / "room.lock"
+    with serving(folder, {"a.tar": [Fault(delay_s=0.3)]}) as server:
+        thread = threading.Thread(target=read, args=(ShardCache(tmp_path, SIZE), server, "a"))
+        with lock_file(room) as lock:
+            assert try_lock(lock, EXCLUSIVE)
+            thread.start()
+            time.sleep(0.2)
+            assert partials(tmp_path) == []
+        eventually(lambda: server.count("a.tar") == 1)
+        with lock_file(room) as lock:
+            eventually(lambda: try_lock(lock, EXCLUSIVE))
+            time.sleep(0.6)
+            assert cached(tmp_path) == set()
+        thread.join(20)
+        assert cached(tmp_path) == {"a"}
 
 
 def test_the_others_take_over_when_the_filler_is_killed(folder, tmp_path):
