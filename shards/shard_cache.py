@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -234,8 +233,6 @@ class ShardCache:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """Inode, size and time of the last change of a plain file; anything else is as good as no file."""
+    """Inode, size and time of the last change of a file, a link not followed."""
     status = path.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        raise FileNotFoundError(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
