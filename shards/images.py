@@ -29,8 +29,8 @@ def resize_bilinear(image_HWC: np.ndarray, size: int) -> np.ndarray:
     weight_y, weight_x = weight_y[:, None, None], weight_x[None, :, None]
 
     def row(index: np.ndarray) -> np.ndarray:
-        line = image_HWC[index]
-        return line[:, left] * (1 - weight_x) + line[:, right] * weight_x
+        line = image_HWC.take(index, axis=0)  # take is faster than indexing, and its result lies in C order
+        return line.take(left, axis=1) * (1 - weight_x) + line.take(right, axis=1) * weight_x
 
     return np.rint(row(top) * (1 - weight_y) + row(bottom) * weight_y).astype(np.uint8)
 
