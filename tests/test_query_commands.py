@@ -104,7 +104,7 @@ def test_both_queries_are_measured_by_name(chain, tmp_path, capsys):
                               ("text query", "text", "real")):  # fmt: skip
         set_query(system, query)
         batches = eval_loader(replace(config, data=replace(config.data, workers=0)), "train", 2, audio=audio)
-        want = evaluate(lambda clip: system.predict(clip), batches)
+        want = evaluate(lambda clip: system.predict(clip.to("cpu")), batches)
         assert written["results"][row] == pytest.approx(want, rel=1e-4)
     for asked, rows in ((("--query", "text"), ["text query"]), ((), ["audio query"])):
         assert evaluate_command.main([*options, *asked, "--json", str(tmp_path / "one.json")]) == 0
