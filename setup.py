@@ -22,7 +22,7 @@ setup(
         "fsspec>=2024.6",  # shards at urls
         "aiohttp>=3.10",  # fsspec reads http through it
         "decord>=0.6",
-        "av>=14",
+        "av>=15",
         "pillow>=10",
         "timm>=1.0.15",
         "jsonargparse>=4.40",
