@@ -1,84 +1,31 @@
-"""The cache of fetched shards: filled once by many processes, bounded, checked; and reading ahead into it."""
+"""The cache of fetched shards: filled once by many processes, bounded, checked."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import random
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
-from itertools import cycle, repeat
+from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import pytest
-from faulty_server import Fault, Server, serving
+from faulty_server import Fault, serving
+from served_shards import NAMES, QUICK, SIZE, cached, content, eventually, partials, read, shard, write_shards
 
-from avs_dist.shards import remote_store
-from avs_dist.shards.faults import ClipFault
-from avs_dist.shards.index import ShardEntry
 from avs_dist.shards.locks import EXCLUSIVE, SHARED, lock_file, try_lock
-from avs_dist.shards.read_ahead import ReadAhead
 from avs_dist.shards.remote import Patience
-from avs_dist.shards.remote_store import RemoteStore
 from avs_dist.shards.shard_cache import FOLDER, CacheError, RemoteShard, ShardCache, default_directory
 from avs_dist.shards.transfer import FetchError, MissingError, Stopped
 
-SIZE = 300_000
-NAMES = ["a", "b", "c", "d", "e"]
-QUICK = Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05, stall_s=1.0)
 # the shortest that locks are waited for is 3 x 3 x 0.02 s
 HASTY = Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.01, stall_s=0.01, min_bytes_per_s=10**9)
-
-
-def content(name: str) -> bytes:
-    return random.Random(name).randbytes(SIZE)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "served").mkdir()
-    for name in NAMES:
-        (tmp_path / "served" / f"{name}.tar").write_bytes(content(name))
-    return tmp_path / "served"
-
-
-def shard(server: Server, name: str) -> RemoteShard:
-    return RemoteShard(f"{server.url}/{name}.tar", SIZE, sha256(content(name)).hexdigest())
-
-
-def entry(name: str) -> ShardEntry:
-    return ShardEntry(f"{name}.tar", "train", sha256(content(name)).hexdigest(), SIZE, ())
-
-
-def read(cache: ShardCache, server: Server, name: str) -> bytes:
-    with cache.lease(shard(server, name)) as path:
-        return path.read_bytes()
-
-
-def cached(directory: Path) -> set[str]:
-    """Names of the whole shards in a cache."""
-    names = {sha256(content(name)).hexdigest(): name for name in NAMES}
-    return {names[path.stem] for path in (directory / FOLDER).glob("*.tar") if path.stem in names}
-
-
-def partials(directory: Path) -> list[Path]:
-    return list((directory / FOLDER).glob(".*.partial"))
-
-
-def eventually(condition: Callable[[], Any]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
 
 LEASE = """
 import sys, time
@@ -91,6 +38,11 @@ with cache.lease(RemoteShard(url, int(size), sha256)) as path:
     print(len(path.read_bytes()), flush=True)
     time.sleep(float(wait_s))
 """
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_shards(tmp_path / "served")
 
 
 @contextmanager
@@ -186,7 +138,7 @@ def test_the_others_take_over_when_the_filler_is_killed(folder, tmp_path):
 def test_what_a_killed_filler_left_is_no_longer_counted(folder, tmp_path):
     with serving(folder, {"a.tar": [Fault(stall_at=1000)]}) as server:
         with leasing(tmp_path, shard(server, "a")) as filler:
-            eventually(lambda: partials(tmp_path))
+            eventually(lambda: server.count("a.tar") == 1)
             assert partials(tmp_path)[0].stat().st_size == SIZE
             filler.kill()
             filler.wait(20)
@@ -386,106 +338,3 @@ def test_default_directory(folder, tmp_path, monkeypatch):
     assert cached(tmp_path / "avs_dist" / "shards") == {"a"}
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_directory() == Path.home() / ".cache" / "avs_dist" / "shards"
-
-
-def reader_threads() -> int:
-    return sum(thread.name == "read-ahead" for thread in threading.enumerate())
-
-
-def test_store_reads_ranges_and_names_what_it_cannot_fetch(folder, tmp_path, monkeypatch):
-    with serving(folder) as server:
-        store = RemoteStore(server.url, ShardCache(tmp_path, 2 * SIZE, QUICK))
-        part = store.read(entry("a"), 1000, 5000)
-        assert bytes(part) == content("a")[1000:6000]
-        assert not part.readonly
-        with pytest.raises(ClipFault, match="ends after 299000 of 300000") as fault:
-            store.read(entry("a"), 1000, SIZE)
-        assert fault.value.kind == "truncated"
-        for _ in range(3):
-            with pytest.raises(ClipFault, match=f"{server.url}/none.tar: no such file") as fault:
-                store.read(entry("none"), 0, 10)
-            assert fault.value.kind == "unreadable"
-        assert server.count("none.tar") == 1
-        (folder / "none.tar").write_bytes(content("none"))
-        monkeypatch.setattr(remote_store, "REST_S", 0.0)
-        assert bytes(store.read(entry("none"), 0, 10)) == content("none")[:10]
-        assert bytes(pickle.loads(pickle.dumps(store)).read(entry("a"), 0, 10)) == content("a")[:10]
-    with pytest.raises(ValueError, match="unknown scheme 'ftp'"):
-        RemoteStore("ftp://h/x", ShardCache(tmp_path, SIZE))
-
-
-def test_store_fetches_ahead_within_its_bound(folder, tmp_path):
-    with serving(folder) as server:
-        store = RemoteStore(server.url, ShardCache(tmp_path, 8 * SIZE, QUICK))
-        assert reader_threads() == 0
-        store.upcoming(entry(name) for name in "aabbabccdde")
-        eventually(lambda: cached(tmp_path) == {"a", "b"})
-        for name in "aabbab":
-            store.read(entry(name), 0, 10)
-        eventually(lambda: server.count("d.tar") == 1)
-        assert server.count("e.tar") == 0
-        for name in "ccdde":
-            store.read(entry(name), 0, 10)
-        eventually(lambda: reader_threads() == 0)
-        assert [server.count(f"{name}.tar") for name in NAMES] == [1] * 5
-        store.upcoming(map(entry, cycle("ab")))
-        assert reader_threads() == 1
-        copy = pickle.loads(pickle.dumps(store))
-        store.close()
-        copy.close()
-        assert reader_threads() == 0
-
-
-def test_what_fails_ahead_is_told_when_it_is_read(folder, tmp_path):
-    with serving(folder, {"b.tar": repeat(Fault(status=503))}) as server:
-        store = RemoteStore(server.url, ShardCache(tmp_path, 12 * SIZE, QUICK))
-        store.upcoming(map(entry, "abc"))
-        eventually(lambda: cached(tmp_path) == {"a", "c"})
-        assert server.count("b.tar") == QUICK.tries
-        store.read(entry("a"), 0, 10)
-        with pytest.raises(ClipFault, match="b.tar: gave up after 3 tries, the last: status 503"):
-            store.read(entry("b"), 0, 10)
-        assert server.count("b.tar") == QUICK.tries
-        store.close()
-
-
-def test_closing_calls_off_what_is_fetched_ahead(folder, tmp_path):
-    with serving(folder, {"a.tar": [Fault(drip_at=10)]}) as server:
-        store = RemoteStore(server.url, ShardCache(tmp_path, 8 * SIZE))
-        store.upcoming(map(entry, "ab"))
-        eventually(lambda: server.count("a.tar") == 1)
-        store.close()
-        assert reader_threads() == 0
-        assert partials(tmp_path) == []
-
-
-def test_reading_ahead_follows_a_reader_that_jumps():
-    fetched: list[str] = []
-    order = "aaabbbcccdddeee"
-    ahead = ReadAhead(map(entry, order), lambda wanted, _: fetched.append(wanted.name[0]), 2 * SIZE)
-    eventually(lambda: fetched == ["a", "b"])
-    for name in "aeaca":  # reads that were not announced lie between
-        ahead.reached(entry(name))
-    eventually(lambda: fetched == ["a", "b", "c"])
-    for name in "bbbcccddd":
-        ahead.reached(entry(name))
-    eventually(lambda: fetched == list("abcde"))
-    ahead.close()
-
-
-def test_a_reader_may_overtake_the_reading_ahead():
-    fetched: list[str] = []
-    go_on = threading.Semaphore(0)
-
-    def fetch(wanted: ShardEntry, _: threading.Event) -> None:
-        fetched.append(wanted.name[0])
-        go_on.acquire(timeout=20)
-
-    ahead = ReadAhead(map(entry, "abcde"), fetch, 2 * SIZE)
-    eventually(lambda: fetched == ["a"])
-    for name in "abc":
-        ahead.reached(entry(name))
-    for _ in range(5):
-        go_on.release()
-    eventually(lambda: fetched == ["a", "d", "e"])
-    ahead.close()
