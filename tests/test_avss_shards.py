@@ -343,7 +343,7 @@ def test_info_names_the_classes_and_verify_checks_their_number(
     (copy / "index.json").write_text(json.dumps(data))
     assert command.main(["verify", str(copy)]) == 1
     reports = capsys.readouterr().out.splitlines()
-    rings = [name for name, sample in samples(ShardIndex.load(copy)).items() if (sample.masks_THW == 6).any()]
+    rings = [name for name, sample in samples(ShardIndex.load(synthetic)).items() if (sample.masks_THW == 6).any()]
     assert len(rings) == len(reports) - 1
     for name in rings:
         assert any(f"clip {name}: a mask holds class 6, there are 6 from 0 on" in line for line in reports)
