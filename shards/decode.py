@@ -25,7 +25,7 @@ import numpy as np
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.images import resize_bilinear
 from avs_dist.shards.video_cut import DECORD_SUFFIXES, frames_by_pyav, open_member, parts
-from avs_dist.shards.video_file import DECORD_READS, Video
+from avs_dist.shards.video_file import DECORD_READS, LIMITS, Video
 from avs_dist.shards.video_member import DECODERS
 
 # Decoders that keep state between packets (AAC, Vorbis, Opus) need a run-up after a seek.
@@ -54,7 +54,7 @@ def read_sound(path: str, start_s: float, seconds: int, zero_s: float) -> tuple[
     Args:
         zero_s: Container time of the clip's time zero (the first video frame), so that sound and picture stay together.
     """
-    with av.open(path) as container:
+    with av.open(path, options=LIMITS) as container:
         stream: Any = container.streams.best("audio")
         if stream is None:
             return None

@@ -104,7 +104,7 @@ def _cut(video: Video, indices: Sequence[int]) -> Part:
     """
     first, last = video.ticks[indices[0]], video.ticks[indices[-1]]
     target = io.BytesIO()
-    with av.open(video.path) as container:
+    with av.open(video.path, options=LIMITS) as container:
         stream: Any = container.streams[video.index]
         packets = _packets(video, container, stream, first, last)
         times = sorted(packet.pts for packet in packets)

@@ -21,8 +21,12 @@ DECORD_READS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Containers that tell where their key frames lie; in others a seek may land behind the wanted frame.
 _INDEXED = (*DECORD_READS, "avi")
 _RUN_UP_S = 5
-# Decoders refuse larger pictures, also behind a header that tells less.
-LIMITS = {"max_pixels": str(MAX_PIXELS)}
+# Decoders refuse larger pictures, also behind a header that tells less; and a file is never read as a list of other
+# files (concat, playlists), whatever its name says.
+LIMITS = {
+    "max_pixels": str(MAX_PIXELS),
+    "format_whitelist": "mov,matroska,avi,mpeg,mpegvideo,mpegts,ogg,asf,flv,wav,w64,mp3,aac,flac",
+}
 
 
 class Video:

@@ -152,6 +152,15 @@ def test_rubbish_is_an_error_with_a_reason(worker: MediaWorker, tmp_path: Path, 
         decode(worker, path)
 
 
+@pytest.mark.parametrize("as_sound", [False, True])
+def test_a_list_of_files_opens_none_of_them(worker: MediaWorker, tmp_path: Path, as_sound: bool):
+    """Decoders would follow it, whatever its name says."""
+    film = write_video(tmp_path / "film.mp4", 30, sound=tone(1.0, 16_000))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile film.mp4\n")
+    with pytest.raises(ClipError, match="Invalid"):
+        worker.decode(film if as_sound else tmp_path / "list.mp4", tmp_path / "list.mp4", 0.0, 1, 32)
+
+
 def test_sound_without_picture_is_an_error(worker: MediaWorker, tmp_path: Path):
     with pytest.raises(ClipError, match="no video stream"):
         decode(worker, write_wav(tmp_path / "sound.wav", tone(1.0, 16_000)))
