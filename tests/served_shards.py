@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ NAMES = ["a", "b", "c", "d", "e"]
 QUICK = Patience(tries=3, first_wait_s=0.01, longest_wait_s=0.05, stall_s=1.0)
 
 
+@cache
 def content(name: str) -> bytes:
     return random.Random(name).randbytes(SIZE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from collections.abc import Iterator
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from served_shards import NAMES, QUICK, SIZE, cached, content, entry, eventually
 from avs_dist.shards import remote_store
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.index import ShardEntry
-from avs_dist.shards.read_ahead import ReadAhead
+from avs_dist.shards.read_ahead import MAX_CLIPS_AHEAD, ReadAhead
 from avs_dist.shards.remote_store import RemoteStore
 from avs_dist.shards.shard_cache import ShardCache
 
@@ -65,8 +66,9 @@ def test_store_fetches_ahead_within_its_bound(folder, tmp_path):
             store.read(entry(name), 0, 10)
         eventually(lambda: reader_threads() == 0)
         assert [server.count(f"{name}.tar") for name in NAMES] == [1] * 5
-        store.upcoming(map(entry, cycle("ab")))
-        assert reader_threads() == 1
+        for _ in range(2):
+            store.upcoming(map(entry, cycle("ab")))
+            assert reader_threads() == 1
         copy = pickle.loads(pickle.dumps(store))
         store.close()
         copy.close()
@@ -112,6 +114,21 @@ def test_reading_ahead_follows_a_reader_that_jumps():
         ahead.reached(entry(name))
     eventually(lambda: fetched == list("abcde"))
     ahead.close()
+
+
+def test_reading_ahead_of_few_shards_walks_a_bounded_way():
+    walked: list[str] = []
+
+    def wanted() -> Iterator[ShardEntry]:
+        for name in cycle("ab"):
+            walked.append(name)
+            yield entry(name)
+
+    ahead = ReadAhead(wanted(), lambda *_: None, 2 * SIZE)
+    eventually(lambda: len(walked) == MAX_CLIPS_AHEAD + 1)
+    time.sleep(0.1)
+    ahead.close()
+    assert len(walked) == MAX_CLIPS_AHEAD + 1
 
 
 def test_a_reader_may_overtake_the_reading_ahead():
