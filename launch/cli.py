@@ -1,6 +1,7 @@
 """The `avs-dist` command: one dispatcher, and one place where user errors become one line and exit 2.
 
-Needs the standard library only: a command imports what it needs, `bench` no more than torch, triton and numpy.
+Needs the standard library only: a command imports what it needs; `bench` of the kernels no more than torch, triton and
+numpy.
 
 avs-dist <command> [options]        avs-dist <command> --help
 """

@@ -90,7 +90,8 @@ def test_every_loader_reads_each_clip_once_in_a_pass(sets: Path, kind: str):
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_rate_counts_as_many_clips_as_asked(sets: Path, kind: str):
-    measured = loader_measure.rate(Loader(kind, str(sets / KINDS[kind])), least_clips=20, least_seconds=0.0)
+    """In whole batches."""
+    measured = loader_measure.rate(Loader(kind, str(sets / KINDS[kind])), least_clips=18, least_seconds=0.0)
     assert measured["clips"] == 20
     assert all(measured[key] > 0 for key in RATES)
 
@@ -125,21 +126,21 @@ def test_clips_of_films_begin_at_different_places(tmp_path: Path):
 
 
 def test_memory_and_time_count_children_too():
-    """A child that holds 64 MB and was busy for a fifth of a second."""
+    """A child that holds 64 MB and was busy for 0.4 s."""
     alone_mib, begin_s = loader_measure._resident_mib(), loader_measure._cpu_s()
     code = "import sys, time; held = bytearray(b'1' * (64 << 20))\n"
-    code += "while time.process_time() < 0.2: pass\n"
+    code += "while time.process_time() < 0.4: pass\n"
     code += "print(flush=True); sys.stdin.read()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == b"\n"
         assert 64 < loader_measure._resident_mib() - alone_mib < 128
-        assert loader_measure._cpu_s() - begin_s > 0.15
+        assert loader_measure._cpu_s() - begin_s > 0.35
     finally:
         child.kill()
         child.communicate(timeout=10)
-    assert loader_measure._cpu_s() - begin_s > 0.15
+    assert loader_measure._cpu_s() - begin_s > 0.35
     assert alone_mib > 64
 
 
