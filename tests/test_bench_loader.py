@@ -224,6 +224,12 @@ def test_what_fails_is_told_and_the_rest_measured(sets: Path, tmp_path: Path):
     assert exit_code({"rate": [row for row in rows if row["label"] not in failed]}) == 0
 
 
+def test_what_takes_too_long_is_told(sets: Path):
+    bench = Bench(sets, [], TINY, limit_s=0.0, one_process=False)
+    endless = loader_parts._Call(loader_measure.rate, (Loader("ours", str(sets / "raw")), 10**9, 0.0))
+    assert bench._rounds("rate", {"slow": endless}) == [{"label": "slow", "failed": "took more than 0 s"}]
+
+
 def rate_row(label: str, rate: float) -> loader_parts.Row:
     spread = {"p20": rate - 1, "p50": rate, "p80": rate + 1}
     return {"label": label, "kb": 1003.2, "clips_per_s": spread, "clips_per_cpu_s": dict.fromkeys(spread, 5.0)}
