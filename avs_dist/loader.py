@@ -41,7 +41,7 @@ class TrainBatches:
         self._reader = clip_reader(config.data, sets, config.data.train_split)
         self._collate = _collate(config, index)
         self._state = self._state_at(first_step * config.train.global_batch)
-        label = f"{config.data.train_split} of {', '.join(str(each.directory) for each in sets)}"
+        label = f"{config.data.train_split} of {', '.join(each.place for each in sets)}"
         self.damage = DamageLog(len(self._reader), config.data.max_damaged, label)
 
     def load_state(self, state: StreamState) -> None:
@@ -146,7 +146,7 @@ def eval_batches(
     reader = clip_reader(data, [index], split, audio)
     rank, world_size = place
     stream = EvalStream(reader, batch_size=batch_size, rank=rank, world_size=world_size, collate=collate_batch)
-    damage = DamageLog(len(reader), data.max_damaged, f"{split} of {index.directory}")
+    damage = DamageLog(len(reader), data.max_damaged, f"{split} of {index.place}")
     return EvalBatches(stream, data.workers if workers is None else workers, damage)
 
 
@@ -176,7 +176,7 @@ def mixed_sets(data: DataConfig, index: ShardIndex) -> list[ShardIndex]:
         differ = [name for name, value in index.kind_of_clips.items() if each.kind_of_clips[name] != value]
         if differ:
             raise ValueError(
-                f"data.mixture: {each.directory} and data.shards={data.shards} differ in {', '.join(differ)}; "
+                f"data.mixture: {each.place} and data.shards={index.place} differ in {', '.join(differ)}; "
                 "build them alike"
             )
     return sets

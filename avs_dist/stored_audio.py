@@ -30,7 +30,7 @@ def check_stored_audio(system: nn.Module, index: ShardIndex) -> None:
     stored = index.audio_encoder
     if stored is None:
         return
-    theirs = f"{index.directory} holds the output of {stored['kind']} with weights {stored['weights_sha256'][:12]}"
+    theirs = f"{index.place} holds the output of {stored['kind']} with weights {stored['weights_sha256'][:12]}"
     for module in system.modules():
         if isinstance(module, LogMelCNN):
             raise ValueError(

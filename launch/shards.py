@@ -128,7 +128,7 @@ def _verify(index: ShardIndex) -> int:
         print(f"DAMAGED {problem}")
     clips = sum(len(shard.clips) for shard in index.shards)
     state = f"{len(problems)} problems" if problems else "all well"
-    print(f"{index.directory}: {len(index.shards)} shards, {clips} clips: {state}")
+    print(f"{index.place}: {len(index.shards)} shards, {clips} clips: {state}")
     return 1 if problems else 0
 
 

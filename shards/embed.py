@@ -70,7 +70,7 @@ def embed(
         RuntimeError: If more clips are damaged than `max_skipped` allows.
     """
     if index.kind != CLIPS:
-        raise ValueError(f"{index.directory} holds {index.kind}, not clips whose log-mel could be encoded")
+        raise ValueError(f"{index.place} holds {index.kind}, not clips whose log-mel could be encoded")
     silence_D = encoder.encode(np.full((1, MEL_FRAMES, MEL_BANDS), SILENT_LOG_MEL, dtype=np.float32))[0]
     if not np.isfinite(silence_D).all():
         raise ValueError(f"{encoder.kind} gives NaN or infinite values for silence: its weights are damaged")

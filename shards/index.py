@@ -11,7 +11,7 @@ import numpy as np
 
 from avs_dist.shards.files import read_plain_file, write_text
 from avs_dist.shards.index_checks import check_clip, check_sample, check_settings, check_shard, check_shards
-from avs_dist.shards.remote import fetch_bytes, is_url
+from avs_dist.shards.remote import fetch_bytes, is_url, join_url
 from avs_dist.shards.schema import (
     AUDIO_ENCODER,
     CLIPS,
@@ -21,6 +21,7 @@ from avs_dist.shards.schema import (
     FeatureSample,
     Sample,
 )
+from avs_dist.shards.transfer import shown
 
 # of the largest sets, a clip takes about 200 bytes
 MAX_INDEX_BYTES = 2**30
@@ -88,8 +89,8 @@ class ShardIndex:
         """
         if is_url(str(directory)):
             place: Path | str = str(directory).rstrip("/")
-            path = f"{place}/{INDEX_FILE}"
-            content = fetch_bytes(path, MAX_INDEX_BYTES)
+            url = join_url(str(place), INDEX_FILE)
+            path, content = shown(url), fetch_bytes(url, MAX_INDEX_BYTES)
         else:
             place = Path(directory)
             path = str(place / INDEX_FILE)
@@ -120,9 +121,16 @@ class ShardIndex:
         """Whether the shards have to be fetched."""
         return isinstance(self.directory, str)
 
+    @property
+    def place(self) -> str:
+        """The folder, as messages show it: without what a URL may hold of credentials."""
+        return shown(self.directory) if isinstance(self.directory, str) else str(self.directory)
+
     def place_of(self, shard: ShardEntry) -> str:
-        """Path or URL of a shard."""
-        return f"{self.directory}/{shard.name}"
+        """Path or URL of a shard, as messages show it."""
+        if isinstance(self.directory, Path):
+            return str(self.directory / shard.name)
+        return shown(join_url(self.directory, shard.name))
 
     def check_sample(self, entry: ClipEntry, sample: Sample | FeatureSample) -> None:
         """Compare a decoded clip with what the index promises.
@@ -206,7 +214,7 @@ class ShardIndex:
         """
         shards = tuple(shard for shard in self.shards if shard.split == name)
         if not shards:
-            raise ValueError(f"{self.directory} has no split '{name}'; it has: {', '.join(self.splits) or 'none'}")
+            raise ValueError(f"{self.place} has no split '{name}'; it has: {', '.join(self.splits) or 'none'}")
         return shards
 
     def save(self) -> None:

@@ -9,6 +9,7 @@ A damaged clip does not end a stream: another one takes its place, and the damag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -69,15 +70,12 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
     def __iter__(self) -> Iterator[Loaded[Batch]]:
         sequence = TrainSequence(*self._order)
         self._reader.read_ahead(self._clips)
-        for positions in self._plan.micro_batches(*_this_worker()):
-            samples: list[Any] = []
-            clips: list[int] = []
-            damages: list[Damage] = []
-            for position in positions:
-                clip, sample = self._usable(sequence[position], damages)
-                clips.append(clip)
-                samples.append(sample)
-            yield Loaded(self._collate(samples), clips, tuple(damages))
+        with closing(self._reader):
+            for positions in self._plan.micro_batches(*_this_worker()):
+                damages: list[Damage] = []
+                found = [self._usable(sequence[position], damages) for position in positions]
+                batch = self._collate([sample for _, sample in found])
+                yield Loaded(batch, [clip for clip, _ in found], tuple(damages))
 
     def _clips(self) -> Iterator[int]:
         sequence = TrainSequence(*self._order)
@@ -115,10 +113,12 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
 
     def __iter__(self) -> Iterator[Loaded[Batch]]:
         self._reader.read_ahead(self._clips)
-        for clips in eval_batches(*self._plan, *_this_worker()):
-            found = [self._shown(clip) for clip in clips]
-            batch = self._collate([sample for _, sample, _ in found])
-            yield Loaded(batch, [clip for clip, _, _ in found], tuple(d for _, _, damages in found for d in damages))
+        with closing(self._reader):
+            for clips in eval_batches(*self._plan, *_this_worker()):
+                found = [self._shown(clip) for clip in clips]
+                batch = self._collate([sample for _, sample, _ in found])
+                damages = tuple(damage for *_, damages in found for damage in damages)
+                yield Loaded(batch, [clip for clip, _, _ in found], damages)
 
     def _shown(self, clip: int) -> tuple[int, Any, list[Damage]]:
         """The clip, its sample, no damage; or PADDING, the sample of another one, and what is wrong with the clip."""

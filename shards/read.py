@@ -70,7 +70,7 @@ class ClipReader:
         self._kind = first.kind
         if audio != "real" and self._kind == FEATURES:
             raise ValueError(
-                f"{first.directory} holds features, not log-mels that audio='{audio}' could replace: use 'real'"
+                f"{first.place} holds features, not log-mels that audio='{audio}' could replace: use 'real'"
             )
         self._silence_D = first.silence_D
         shards = [index.split(split) for index in self._sets]
@@ -204,7 +204,7 @@ def _open_store(index: ShardIndex, cache: ShardCache | None) -> Store:
     if isinstance(index.directory, Path):
         return LocalStore(index.directory)
     if cache is None:
-        raise ValueError(f"{index.directory}: shards at a URL need a cache")
+        raise ValueError(f"{index.place}: shards at a URL need a cache")
     from avs_dist.shards.remote_store import RemoteStore
 
     return RemoteStore(index.directory, cache)

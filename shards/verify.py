@@ -26,7 +26,7 @@ def verify(index: ShardIndex, progress: bool = True) -> list[str]:
         ValueError: If the shards are at a URL, where reading checks them.
     """
     if not isinstance(index.directory, Path):
-        raise ValueError(f"{index.directory}: only shards on this machine can be verified; fetched ones always are")
+        raise ValueError(f"{index.place}: only shards on this machine can be verified; fetched ones always are")
     problems: list[str] = []
     total = sum(len(shard.clips) for shard in index.shards)
     with tqdm(total=total, desc="verify", unit="clip", disable=not progress) as bar:
@@ -77,7 +77,7 @@ def describe(index: ShardIndex) -> str:
     """A table that a person reads: splits, clips, seconds, sound, labels, sizes, source, classes or events, skipped."""
     settings = index.settings
     lines = [
-        f"{index.directory}: {settings['source']}, {_content(index)}, clips of at most {settings['clip_seconds']} s",
+        f"{index.place}: {settings['source']}, {_content(index)}, clips of at most {settings['clip_seconds']} s",
         f"rule: {settings['source_rule']}",
         "",
         f"{'split':<8}{'shards':>7}{'clips':>8}{'seconds':>9}{'labelled':>10}"

@@ -82,7 +82,7 @@ def codebook_system(system: System, config: Config, index: ShardIndex) -> Unicod
         raise ValueError(f"--checkpoint: {config.model.system} has no codebook; train model.system=unicode")
     if config.model.unicode.inputs != "features" or index.kind != FEATURES:
         raise ValueError(
-            f"{index.directory} holds {index.kind} and the checkpoint was trained on {config.model.unicode.inputs}: "
+            f"{index.place} holds {index.kind} and the checkpoint was trained on {config.model.unicode.inputs}: "
             "these tasks need features on both sides"
         )
     there = index.feature_shapes
@@ -90,11 +90,11 @@ def codebook_system(system: System, config: Config, index: ShardIndex) -> Unicod
     for modality, shape in known.items():
         if tuple(there.get(modality, shape)) != tuple(shape):
             raise ValueError(
-                f"{modality} features in {index.directory} are {list(there[modality])}, the checkpoint was trained on "
+                f"{modality} features in {index.place} are {list(there[modality])}, the checkpoint was trained on "
                 f"{list(shape)}"
             )
     if not set(known) & set(there):
-        raise ValueError(f"{index.directory} holds {', '.join(there)}, the checkpoint knows only {', '.join(known)}")
+        raise ValueError(f"{index.place} holds {', '.join(there)}, the checkpoint knows only {', '.join(known)}")
     return system
 
 
@@ -122,7 +122,7 @@ def encode_split(
     encoder = codebook_system(system, config, index)
     missing = [m for m in keep if m not in index.feature_shapes]
     if missing:
-        raise ValueError(f"{index.directory} has no {', '.join(missing)} features, which the task needs")
+        raise ValueError(f"{index.place} has no {', '.join(missing)} features, which the task needs")
     wanted = {*config.model.unicode.modalities, *keep}
     shapes = {m: shape for m, shape in index.feature_shapes.items() if m in wanted}
     num_batches = -(-sum(len(shard.clips) for shard in index.split(split)) // BATCH)

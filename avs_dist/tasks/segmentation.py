@@ -52,7 +52,7 @@ class SegmentationTask(Task):
             )
         for key, split, shards in self.splits(index):
             if not any(clip.labelled for shard in shards.split(split) for clip in shard.clips):
-                raise ValueError(f"data.{key}={split}: no clip of this split in {shards.directory} has a mask")
+                raise ValueError(f"data.{key}={split}: no clip of this split in {shards.place} has a mask")
 
     def augment(self, batch: Clip, step: int) -> Clip:
         data, draws = self.config.data, ClipDraws(self.config.seed, step, batch.key)
