@@ -186,10 +186,18 @@ def test_losses_are_those_of_the_clips_that_stand_in(copy: Path, healthy: Path, 
 
 
 def test_one_damaged_clip_is_allowed_unless_none_is(copy: Path, tmp_path: Path) -> None:
-    flip_bits(copy, list(range(0, 200, 100)))
-    train(arguments(copy, tmp_path / "one"))  # 1 % of 200 are 2
+    flip_bits(copy, [100])
+    train(arguments(copy, tmp_path / "one", "--data.max_damaged", "0.001"))
     with pytest.raises(RuntimeError, match=r"1 of 200 clips of train .* allows 0"):
         train(arguments(copy, tmp_path / "none", "--data.max_damaged", "0"))
+
+
+def test_a_set_that_cannot_be_read_at_all_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_set(folder, clips=10)
+    flip_bits(folder, list(range(10)))
+    with pytest.raises(ValueError, match=r"10 clips one after the other cannot be read; the first: shard .*CRC-32"):
+        train(arguments(folder, tmp_path / "run", "--data.max_damaged", "1"))
 
 
 def test_damage_in_the_evaluation_is_counted_and_does_not_lose_the_training(copy: Path, tmp_path: Path) -> None:
