@@ -178,6 +178,11 @@ def image_size(checkpoint: str | Path) -> int:
     return int(_manifest(find_checkpoint(checkpoint))["image_size"])
 
 
+def is_measured(checkpoint: str | Path) -> bool:
+    """Whether it was evaluated; one that was saved as its run had to stop was not."""
+    return bool(_manifest(find_checkpoint(checkpoint)).get("metrics"))
+
+
 def data_state(checkpoint: str | Path) -> StreamState | None:
     """Where the run was in its training data; None where that was not recorded."""
     state = _manifest(find_checkpoint(checkpoint)).get("data")

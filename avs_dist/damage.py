@@ -20,12 +20,20 @@ from avs_dist.shards.files import write_text
 REPORT_FILE = "damaged.json"
 
 
-class TooManyDamagedError(RuntimeError):
+class DataError(RuntimeError):
+    """The data cannot go on; raised on all ranks alike, so that they can still save together."""
+
+
+class TooManyDamagedError(DataError):
     """More clips are damaged than the bound allows; the message is the report."""
 
 
+class NoBatchError(DataError):
+    """A rank has no batch."""
+
+
 class DamageLog:
-    """The damaged clips that a run has met, each once.
+    """The damaged clips of one split that a run has met, each once.
 
     Args:
         num_clips: Clips that it may meet.
@@ -35,11 +43,16 @@ class DamageLog:
 
     def __init__(self, num_clips: int, max_damaged: float, label: str) -> None:
         self._num_clips, self._max_damaged, self._label = num_clips, max_damaged, label
-        self._allowed = max(1, int(max_damaged * num_clips)) if max_damaged > 0 else 0
-        self._found: dict[tuple[str, str], Damage] = {}
+        self.allowed = max(1, int(max_damaged * num_clips)) if max_damaged > 0 else 0
+        self._found: dict[int, Damage] = {}
 
     def __len__(self) -> int:
         return len(self._found)
+
+    @property
+    def damages(self) -> list[Damage]:
+        """In the order in which they were met."""
+        return list(self._found.values())
 
     @property
     def counts(self) -> dict[str, int]:
@@ -52,26 +65,21 @@ class DamageLog:
             if world.is_main() and damage.kind not in self.counts:
                 more = "further clips of this kind are counted in silence"
                 tqdm.write(f"damaged clip ({damage.kind}: {KINDS[damage.kind]}): {damage}; {more}", file=sys.stderr)
-            self._found.setdefault((damage.shard, damage.name), damage)
+            self._found.setdefault(damage.clip, damage)
 
     def check(self) -> None:
         """Raises TooManyDamagedError, with the report, where the bound is exceeded."""
-        if len(self) > self._allowed:
+        if len(self) > self.allowed:
             raise TooManyDamagedError(
-                f"{self.summary()}, data.max_damaged={self._max_damaged:g} allows {self._allowed}; the first of each "
+                f"{self.summary()}, data.max_damaged={self._max_damaged:g} allows {self.allowed}; the first of each "
                 f"kind: {'; '.join(self._first_of_each_kind())}. Look with `avs-dist shards verify`, then mend or "
-                "rebuild the shards, or raise data.max_damaged"
+                "rebuild the shards, or raise data.max_damaged (--max-damaged of other commands than train)"
             )
 
     def summary(self) -> str:
         """One line: how many, of which kinds."""
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.counts.items())
         return f"{len(self)} of {self._num_clips} clips of {self._label} are damaged ({kinds})"
-
-    def save(self, folder: Path) -> None:
-        """Write every damaged clip with its place and reason to damaged.json."""
-        clips = [damage._asdict() for damage in self._found.values()]
-        write_text(folder / REPORT_FILE, json.dumps({"counts": self.counts, "clips": clips}, indent=1) + "\n")
 
     def _first_of_each_kind(self) -> list[str]:
         first: dict[str, Damage] = {}
@@ -87,16 +95,36 @@ def agree(log: DamageLog, damages: Sequence[Damage], failure: Exception | None =
         failure: Why this rank has no batch, if so; then all ranks stop.
 
     Raises:
-        TooManyDamagedError: on all ranks alike.
-        RuntimeError: a rank has no batch, on all other ranks; `failure` itself on that rank.
+        TooManyDamagedError: the bound is exceeded; on all ranks.
+        NoBatchError: a rank has no batch; on all ranks.
     """
     if not world.any_rank(bool(damages) or failure is not None):
         return
-    told = world.gather_objects((list(damages), None if failure is None else f"{type(failure).__name__}: {failure}"))
+    told = world.gather_objects((list(damages), None if failure is None else _last_line(failure)))
     log.add([damage for found, _ in told for damage in found])
-    if failure is not None:
-        raise failure
+    log.check()
     for rank, (_, reason) in enumerate(told):
         if reason is not None:
-            raise RuntimeError(f"rank {rank} has no batch: {reason}")
-    log.check()
+            raise NoBatchError(f"rank {rank} has no batch: {reason}") from failure
+
+
+def _last_line(error: Exception) -> str:
+    """What is wrong, also where torch has put the trace of a loading process before it."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1]}"
+
+
+def save_report(folder: Path, logs: Sequence[DamageLog]) -> None:
+    """Write every damaged clip with its place and reason to damaged.json."""
+    damages = [damage for log in logs for damage in log.damages]
+    counts = dict(Counter(damage.kind for damage in damages).most_common())
+    clips = [damage._asdict() for damage in damages]
+    write_text(folder / REPORT_FILE, json.dumps({"counts": counts, "clips": clips}, indent=1) + "\n")
+
+
+def reported_clips(folder: Path, split: str) -> list[int]:
+    """Ids of the clips of a split that damaged.json lists; none where there is no such file."""
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        return []
+    return [clip["clip"] for clip in json.loads(path.read_text())["clips"] if clip["split"] == split]

@@ -136,5 +136,8 @@ def results_table(results: Mapping[str, Mapping[str, float]], heading: str = "so
     first, meaning = next(iter(results.values())), definitions(results)
     lines.append("")
     lines.append(f"{first['frames']:.0f} frames, {first['frames_with_sound']:.0f} of them with something that sounds")
+    damaged = max(row.get("damaged_clips", 0) for row in results.values())
+    if damaged:
+        lines.append(f"{damaged:.0f} damaged clips are left out")
     lines += [f"{COLUMNS[key]:<10} {meaning[key]}" for key in shown]
     return "\n".join(lines)

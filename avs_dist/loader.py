@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from avs_dist import world
 from avs_dist.clip import collate
 from avs_dist.config import Config, DataConfig, UnicodeConfig
-from avs_dist.damage import DamageLog, agree
+from avs_dist.damage import DamageLog, agree, reported_clips
 from avs_dist.sequences import collate_features, collate_media
+from avs_dist.shards.faults import Damage, DamagedClipError
 from avs_dist.shards.index import ShardIndex
-from avs_dist.shards.pipeline import EvalStream, Loaded, TrainStream, stream_state
+from avs_dist.shards.pipeline import MOST_TRIED, EvalStream, Loaded, TrainStream, stream_state
 from avs_dist.shards.plan import StepPlan, StreamState
 from avs_dist.shards.read import ClipReader
 from avs_dist.shards.text import MAX_WORDS
@@ -60,6 +64,21 @@ class TrainBatches:
             )
         self._state = state
 
+    def recall(self, folder: Path) -> None:
+        """Count clips on that the run had found damaged before it was resumed, as far as they still are; collective."""
+        still: list[Damage] = []
+        if world.is_main():
+            for clip in reported_clips(folder, self._config.data.train_split):
+                try:
+                    self._reader.sample(clip)
+                except DamagedClipError as error:
+                    still.append(error.damage)
+                if len(still) > self.damage.allowed:
+                    break
+            self._reader.close()
+        self.damage.add(world.broadcast_object(still))
+        self.damage.check()
+
     def state(self, steps_done: int) -> StreamState:
         """Where the run is after so many steps."""
         return self._state.advanced((steps_done - self._first_step) * self._config.train.global_batch)
@@ -81,6 +100,7 @@ class TrainBatches:
             window=config.data.shuffle_window,
             weights=self._weights,
             collate=self._collate,
+            most_tried=min(MOST_TRIED, self.damage.allowed + 1),
         )
         loaded = _iterate(stream, config.data.workers)
         for _ in range(plan.num_steps):
@@ -106,6 +126,8 @@ class EvalBatches:
         for _ in range(len(self)):
             batch, positions, _ = _agreed(loaded, self.damage)
             yield batch, positions
+        if len(self.damage) and world.is_main():
+            tqdm.write(f"{self.damage.summary()}: left out", file=sys.stderr)
 
     def counted(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics, and how many clips were left out of them if any were."""
@@ -145,8 +167,15 @@ def eval_batches(
     """
     reader = clip_reader(data, [index], split, audio)
     rank, world_size = place
-    stream = EvalStream(reader, batch_size=batch_size, rank=rank, world_size=world_size, collate=collate_batch)
     damage = DamageLog(len(reader), data.max_damaged, f"{split} of {index.place}")
+    stream = EvalStream(
+        reader,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        collate=collate_batch,
+        most_tried=min(MOST_TRIED, damage.allowed + 1),
+    )
     return EvalBatches(stream, data.workers if workers is None else workers, damage)
 
 
@@ -225,9 +254,12 @@ def _as_it_is(loaded: Any) -> Any:
 
 def _agreed(loaded: Iterator[Loaded[Any]], damage: DamageLog) -> Loaded[Any]:
     """The next batch, once all ranks have theirs and know of each other's damage."""
-    failure, batch = None, None
+    failure: Exception | None = None
+    batch: Loaded[Any] | None = None
     try:
         batch = next(loaded)
+        if batch.batch is None:
+            failure = ValueError(f"{len(batch.damages)} clips one after the other cannot be read")
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         failure = error
     agree(damage, batch.damages if batch else (), failure)

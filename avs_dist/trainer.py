@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from avs_dist import checkpoint, world
 from avs_dist.config import Config, to_dict
-from avs_dist.damage import REPORT_FILE, DamageLog, TooManyDamagedError
+from avs_dist.damage import REPORT_FILE, DamageLog, DataError, save_report
 from avs_dist.engine import Engine, stop
 from avs_dist.loader import TrainBatches
 from avs_dist.shards.files import write_text
@@ -68,23 +68,31 @@ def _train(config: Config, device: torch.device) -> Path:
     def save(metrics: dict[str, float]) -> Path:
         return checkpoint.save(engine, config, step=done, metrics=metrics, data=batches.state(done), **facts)
 
+    def evaluate() -> Path:
+        metrics, codes = task.evaluate(engine)
+        log.evaluation(done, metrics, codes)
+        return save(metrics)
+
     saved, saved_at = previous, done
     with RunLog(config, first_step=done) as log:
         try:
+            if previous:
+                batches.recall(Path(config.train.out_dir))
+                if _due(done, config) and not checkpoint.is_measured(previous):
+                    saved = evaluate()
             for micro_batches in batches:
-                log.damage(done, batches.damage)
+                log.damage(done, batches.damage, task.damage)
                 augmented = [task.augment(batch, done) for batch in micro_batches]
                 log.step(done, engine.train_step(augmented, done), engine.learning_rate(done))
                 done += 1
                 if _due(done, config):
-                    metrics, codes = task.evaluate(engine)
-                    log.evaluation(done, metrics, codes)
-                    saved, saved_at = save(metrics), done
-        except TooManyDamagedError:  # on all ranks alike
-            log.damage(done, batches.damage)
+                    saved, saved_at = evaluate(), done
+        except DataError:  # on all ranks alike
             if done > saved_at:
                 save({})
             raise
+        finally:
+            log.damage(done, batches.damage, task.damage)
     if saved is None:
         raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
     if world.is_main():
@@ -135,6 +143,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         if self._main:
             out_dir = Path(self._config.train.out_dir)
+            self._damaged = -1 if (out_dir / REPORT_FILE).is_file() else 0  # an old report is written anew
             write_text(out_dir / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
             self._records = _open_records(out_dir / "metrics.jsonl", self._first_step)
             self._board = SummaryWriter(out_dir / "tensorboard", purge_step=self._first_step)
@@ -158,12 +167,14 @@ class RunLog:
             self._write("train", step + 1, {**terms, "lr": lr, "seconds_per_step": seconds})
             self._since = time.monotonic()
 
-    def damage(self, step: int, damage: DamageLog) -> None:
+    def damage(self, step: int, *logs: DamageLog | None) -> None:
         """The damaged clips so far, where there are more than the last time."""
-        if self._main and len(damage) > self._damaged:
-            self._damaged = len(damage)
-            self._board.add_scalar("data/damaged_clips", len(damage), step)
-            damage.save(Path(self._config.train.out_dir))
+        there = [log for log in logs if log is not None]
+        count = sum(map(len, there))
+        if self._main and count > self._damaged:
+            self._damaged = count
+            self._board.add_scalar("data/damaged_clips", count, step)
+            save_report(Path(self._config.train.out_dir), there)
 
     def evaluation(self, step: int, metrics: dict[str, float], codes: dict[str, float]) -> None:
         if self._main:

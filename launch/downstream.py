@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from avs_dist.launch.cli import run
-from avs_dist.launch.parser import Parser
+from avs_dist.launch.evaluate import with_data
+from avs_dist.launch.parser import Parser, add_max_damaged
 
 if TYPE_CHECKING:  # heavy, see _classify
     from avs_dist.config import Config
@@ -88,6 +89,7 @@ def _parser(description: str, epochs: int) -> Parser:
     add = parser.add_argument
     add("--checkpoint", type=str, required=True, help="checkpoint folder, or a run folder: its best checkpoint")
     add("--shards", type=str | None, default=None, help="shards of features (default: those of the training)")
+    add_max_damaged(parser)
     add(
         "--train-on",
         type=Literal["audio", "visual", "text"],
@@ -178,14 +180,10 @@ def _settings(args: Any) -> HeadTraining:
 
 def _load(args: Any, settings: HeadTraining) -> tuple[System, Config]:
     """The system, and its config with the shards of the command line."""
-    import dataclasses
-
     from avs_dist.checkpoint import load_system
 
     system, config = load_system(args.checkpoint, settings.device)
-    if args.shards is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=args.shards))
-    return system, config
+    return system, with_data(config, shards=args.shards, max_damaged=args.max_damaged)
 
 
 def _encode(

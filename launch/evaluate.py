@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from avs_dist import world
 from avs_dist.launch.cli import run
-from avs_dist.launch.parser import Parser
+from avs_dist.launch.parser import Parser, add_max_damaged
 
 if TYPE_CHECKING:  # heavy, see main
     import torch
@@ -46,6 +46,7 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--shards", type=str | None, default=None, help="shard folder (default: that of the training)")
     parser.add_argument("--split", type=str, default="test", help="split of the shards")
+    add_max_damaged(parser)
     parser.add_argument(
         "--audio",
         type=Literal["real", "muted", "swapped", "all"],
@@ -80,8 +81,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -> tuple[System, Config]:
-    """The system of a checkpoint and its config, with `shards` in place of those of the training if given.
+def load_for_shards(
+    checkpoint: str, shards: str | None, device: torch.device, max_damaged: float | None = None
+) -> tuple[System, Config]:
+    """The system of a checkpoint and its config, with `shards` and `max_damaged` in place of the training's if given.
 
     Raises:
         ValueError: frames, classes, word vectors or stored sound of the shards are not those of the training.
@@ -91,8 +94,7 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
     from avs_dist.stored_audio import check_stored_audio
 
     system, config = load_system(checkpoint, device)
-    if shards is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
+    config = with_data(config, shards=shards, max_damaged=max_damaged)
     index = ShardIndex.load(config.data.shards)
     trained, built = image_size(checkpoint), index.image_size
     if (trained == 0) != (built == 0):  # features have no frames
@@ -106,6 +108,12 @@ def load_for_shards(checkpoint: str, shards: str | None, device: torch.device) -
     return system, config
 
 
+def with_data(config: Config, **changes: Any) -> Config:
+    """The config with other settings of the data, as far as they are given."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
+
+
 def _evaluate(args: Any) -> None:
     # after parsing, so that --help and errors come at once
     from avs_dist.checkpoint import class_names, find_checkpoint
@@ -116,7 +124,7 @@ def _evaluate(args: Any) -> None:
     from avs_dist.uncertainty import set_num_samples
 
     device = world.start()
-    system, config = load_for_shards(args.checkpoint, args.shards, device)
+    system, config = load_for_shards(args.checkpoint, args.shards, device, args.max_damaged)
     if args.samples is not None:
         set_num_samples(system, args.samples)
     results, classes = {}, {}
@@ -126,7 +134,7 @@ def _evaluate(args: Any) -> None:
             set_query(system, query)
         batches = eval_loader(config, args.split, args.batch, world.rank(), world.world_size(), audio=audio)
         measured = measure(lambda clip: system.predict(clip.to(device)), batches, label=name)
-        results[name] = measured.metrics
+        results[name] = batches.counted(measured.metrics)
         if measured.classes is not None:
             classes[name] = measured.classes.rows(class_names(args.checkpoint))
     if not world.is_main():

@@ -43,3 +43,9 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         # the deepspeed launcher adds --local_rank=N to every script; we read LOCAL_RANK
         return super().parse_args([a for a in args if not a.startswith("--local_rank=")], *rest, **kwargs)
+
+
+def add_max_damaged(parser: Parser) -> None:
+    """For commands that read the clips of a checkpoint's shards."""
+    told = "share of the clips that may be damaged; they are left out and told (default: that of the training)"
+    parser.add_argument("--max-damaged", type=float | None, default=None, help=told)

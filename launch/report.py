@@ -10,7 +10,7 @@ from typing import Any, Literal
 from avs_dist.config import Config
 from avs_dist.launch.cli import run
 from avs_dist.launch.evaluate import load_for_shards
-from avs_dist.launch.parser import Parser
+from avs_dist.launch.parser import Parser, add_max_damaged
 from avs_dist.shards.files import write_text
 
 LATENTS_HELP = """Draw the latent codes of the frames of a split, all in one t-SNE embedding (Fig. 3 of ECMVAE).
@@ -87,6 +87,7 @@ def _parser(description: str, out: str) -> Parser:
     add("--checkpoint", type=str, required=True, help="checkpoint folder, or a run folder: its best checkpoint")
     add("--shards", type=str | None, default=None, help="shard folder (default: that of the training)")
     add("--split", type=str, default="test", help="split of the shards")
+    add_max_damaged(parser)
     add("--out", type=Path, default=Path(out), help="picture; the numbers go into a .json beside it")
     return parser
 
@@ -104,7 +105,7 @@ def _latents(args: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.frames < MIN_FRAMES:
         raise ValueError(f"--frames {args.frames}: an embedding needs at least {MIN_FRAMES}")
-    system, config = load_for_shards(args.checkpoint, args.shards, device)
+    system, config = load_for_shards(args.checkpoint, args.shards, device, args.max_damaged)
     codes = collect_codes(system, eval_loader(config, args.split, batch_size=4), args["from"], device)
     codes = choose_frames(codes, args.frames, args.seed)
     embedding = embed(codes, args.seed)
@@ -135,7 +136,7 @@ def _denoising(args: Any) -> None:
     from avs_dist.loader import eval_loader
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    system, config = load_for_shards(args.checkpoint, args.shards, device)
+    system, config = load_for_shards(args.checkpoint, args.shards, device, args.max_damaged)
     diffusion = config.model.diffusion
     steps = sorted(set(args.steps or range(1, diffusion.train_steps + 1)))
     points = measure_steps(system, eval_loader(config, args.split, batch_size=4), steps, device)
@@ -156,7 +157,7 @@ def _codes(args: Any) -> None:
     from avs_dist.loader import eval_loader
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    system, config = load_for_shards(args.checkpoint, args.shards, device)
+    system, config = load_for_shards(args.checkpoint, args.shards, device, args.max_damaged)
     use = measure_use(system, eval_loader(config, args.split, batch_size=16), device)
     for name, value in use.scalars().items():
         print(f"{name:<24} {value:.4f}")

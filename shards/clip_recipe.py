@@ -53,7 +53,7 @@ def clip_recipe(config: BuildConfig, pool: DecodePool) -> Recipe:
     if config.source == "avss":
         settings["classes"] = list(avss.read_classes(config.root))
     if vectors:
-        settings |= {"prompts": _source_of_prompts(config), "word_vectors": vectors.name}
+        settings |= {"prompts": _source_of_prompts(config), "word_vectors": vectors.name, "word_channels": vectors.dim}
     return Recipe(jobs, make, settings)
 
 

@@ -36,9 +36,15 @@ class ClipFault(ValueError):
         return type(self), (self.kind, str(self))
 
 
+def printable(text: str) -> str:
+    """A name from a shard as a terminal may show it: without line breaks and control characters."""
+    return text if text.isprintable() else repr(text)
+
+
 class Damage(NamedTuple):
     """A damaged clip and its place.
 
+    split:  that it is in.
     clip:   its id in the split.
     name:   its name.
     shard:  path or URL of the shard.
@@ -47,6 +53,7 @@ class Damage(NamedTuple):
     reason: what a person reads.
     """
 
+    split: str
     clip: int
     name: str
     shard: str
@@ -55,7 +62,7 @@ class Damage(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"shard {self.shard}, offset {self.offset}, clip {self.name}: {self.reason}"
+        return f"shard {self.shard}, offset {self.offset}, clip {printable(self.name)}: {self.reason}"
 
 
 class DamagedClipError(ValueError):

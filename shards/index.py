@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from avs_dist.shards.files import read_plain_file, write_text
-from avs_dist.shards.index_checks import check_clip, check_sample, check_settings, check_shard, check_shards
+from avs_dist.shards.index_checks import (
+    check_clip,
+    check_sample,
+    check_settings,
+    check_shard,
+    check_shards,
+    check_skipped,
+)
 from avs_dist.shards.remote import fetch_bytes, is_url, join_url
 from avs_dist.shards.schema import (
     AUDIO_ENCODER,
@@ -108,10 +115,11 @@ class ShardIndex:
                     f"schema version {version}, this program reads version {SCHEMA_VERSION}: build the shards again"
                 )
             shards = tuple(ShardEntry.from_dict(shard) for shard in data["shards"])
-            check_shards(shards)
             check_settings(data["settings"])
+            check_shards(shards, data["settings"]["clip_seconds"])
+            check_skipped(data["skipped"])
             return ShardIndex(place, data["settings"], shards, tuple(data["skipped"]))
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -183,7 +191,7 @@ class ShardIndex:
     @property
     def kind_of_clips(self) -> dict[str, Any]:
         """What clips must have in common to share a batch, by name of the setting."""
-        names = ("classes", "events", "feature_shapes", "word_vectors")
+        names = ("classes", "events", "feature_shapes", "feature_dtype", "word_vectors")
         encoder = self.audio_encoder or {}
         return {
             "kind": self.kind,

@@ -29,7 +29,10 @@ if TYPE_CHECKING:  # index imports this file
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SOUNDS = ("ok", "silent", "none")
+_OF_SKIPPED = ("name", "split", "path", "reason")
 MAX_IMAGE_SIZE = 8192
+# far above ln of what the loudest sound of 16 bits gives
+MAX_LOG_MEL = 100.0
 
 
 def check_shard(data: dict[str, Any]) -> None:
@@ -43,8 +46,8 @@ def check_shard(data: dict[str, Any]) -> None:
         raise ValueError(f"shard name {name!r:.200} is not a plain file name ending in .tar")
     if data["count"] != len(data["clips"]):
         raise ValueError(f"shard {name}: count is {data['count']}, but {len(data['clips'])} clips are listed")
-    if not isinstance(data["split"], str) or not _whole(data["bytes"]):
-        raise ValueError(f"shard {name}: 'split' must be a text and 'bytes' a number from 0 on")
+    if not isinstance(data["split"], str) or not data["split"].isprintable() or not _whole(data["bytes"]):
+        raise ValueError(f"shard {name}: 'split' must be a printable text and 'bytes' a number from 0 on")
     if not isinstance(data["sha256"], str) or not _SHA256.fullmatch(data["sha256"]):
         raise ValueError(f"shard {name}: 'sha256' must be 64 hexadecimal digits, got {data['sha256']!r:.80}")
 
@@ -66,12 +69,17 @@ def check_clip(shard: dict[str, Any], clip: ClipEntry) -> None:
         raise ValueError(f"{where}: {clip.seconds} s with sound {clip.sound!r:.80} cannot be")
 
 
-def check_shards(shards: Sequence[ShardEntry]) -> None:
+def check_shards(shards: Sequence[ShardEntry], clip_seconds: int) -> None:
     """The list as a whole.
 
     Raises:
-        ValueError: If a shard is listed twice, or a key stands twice in a split.
+        ValueError: If a shard is listed twice, a key stands twice in a split, or a clip is longer than it may be.
     """
+    for shard in shards:
+        for clip in shard.clips:
+            if clip.seconds > clip_seconds:
+                long = f"clip {clip.key!r:.200} has {clip.seconds} s"
+                raise ValueError(f"shard {shard.name}: {long}, settings.clip_seconds is {clip_seconds}")
     names = [shard.name for shard in shards]
     if len(set(names)) != len(names):
         raise ValueError(f"shard {_twice(names)} is listed twice")
@@ -98,8 +106,22 @@ def check_sample(settings: dict[str, Any], entry: ClipEntry, sample: Sample | Fe
     num_classes, highest = len(settings.get("classes", ("silent", "sounding"))), int(sample.masks_THW.max())
     if highest >= num_classes:
         raise ClipFault("mask", f"a mask holds class {highest}, there are {num_classes} from 0 on")
+    loudest = float(np.abs(sample.mel_TFM).max())
+    if loudest > MAX_LOG_MEL:
+        raise ClipFault("array", f"mel.npy reaches {loudest:g}, no log-mel has more than {MAX_LOG_MEL:g}")
+    _check_text(settings, sample)
     if AUDIO_ENCODER in settings and sample.audio_TD is None:
         raise ClipFault("member", "member audio.npy is missing, the index promises the output of an audio encoder")
+
+
+def _check_text(settings: dict[str, Any], sample: Sample) -> None:
+    if "prompts" not in settings:
+        return
+    if sample.text_WE is None:
+        raise ClipFault("member", "member text.npy is missing, the index promises prompts")
+    channels = settings.get("word_channels", sample.text_WE.shape[1])  # older shards do not tell it
+    if sample.text_WE.shape[1] != channels:
+        raise ClipFault("array", f"words have {sample.text_WE.shape[1]} numbers, the index says {channels}")
 
 
 def _check_features(settings: dict[str, Any], sample: FeatureSample) -> None:
@@ -107,6 +129,9 @@ def _check_features(settings: dict[str, Any], sample: FeatureSample) -> None:
     told = {name: tuple(shape) for name, shape in settings["feature_shapes"].items()}
     if shapes != {name: told.get(name) for name in shapes}:  # a clip may lack a modality
         raise ClipFault("array", f"shapes {shapes}, the index says {told}")
+    for name, array in sample.features.items():
+        if array.dtype != settings["feature_dtype"]:
+            raise ClipFault("array", f"{name} is {array.dtype}, the index says {settings['feature_dtype']}")
     for labels_TK in sample.labels.values():
         if labels_TK.shape[1] != len(settings["events"]):
             message = f"labels of {labels_TK.shape[1]} events, the index names {len(settings['events'])}"
@@ -115,10 +140,15 @@ def _check_features(settings: dict[str, Any], sample: FeatureSample) -> None:
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Of what readers rely on; features need more than clips."""
+    if not _whole(settings["clip_seconds"]) or not 1 <= settings["clip_seconds"] <= MAX_CLIP_SECONDS:
+        given = f"{settings['clip_seconds']!r:.80}"
+        raise ValueError(f"settings.clip_seconds must be a number from 1 to {MAX_CLIP_SECONDS}, got {given}")
     kind = settings.get("kind", CLIPS)
     if kind == FEATURES:
         _check_events(settings)
         _check_feature_shapes(settings["feature_shapes"])
+        if settings["feature_dtype"] not in ("float16", "float32"):
+            raise ValueError(f"settings.feature_dtype is {settings['feature_dtype']!r:.80}, not float16 or float32")
     elif kind != CLIPS:
         raise ValueError(f"settings.kind must be '{CLIPS}' or '{FEATURES}', got {kind!r}")
     else:
@@ -163,7 +193,8 @@ def _check_audio_encoder(settings: dict[str, Any]) -> None:
     encoder = settings.get(AUDIO_ENCODER)
     if encoder is None:
         return
-    silence_D = np.asarray(encoder["silence"], dtype=np.float64)
+    with np.errstate(over="ignore"):  # infinite then
+        silence_D = np.asarray(encoder["silence"], dtype=np.float32)
     if silence_D.shape != (ENCODED_CHANNELS,) or not np.isfinite(silence_D).all():
         raise ValueError(f"settings.{AUDIO_ENCODER}.silence must be {ENCODED_CHANNELS} finite numbers")
     if not all(isinstance(encoder[name], str) for name in ("kind", "weights_sha256")):
@@ -179,3 +210,14 @@ def _twice(values: Sequence[Any]) -> Any:
     """The first value that stands twice."""
     seen: set[Any] = set()
     return next(value for value in values if value in seen or seen.add(value))  # type: ignore[func-returns-value]
+
+
+def check_skipped(skipped: Any) -> None:
+    """What the build left out: texts for people.
+
+    Raises:
+        ValueError: If it is no list of objects with name, split, path and reason.
+    """
+    named = isinstance(skipped, list) and all(isinstance(clip, dict) for clip in skipped)
+    if not named or not all(isinstance(clip[name], str) for clip in skipped for name in _OF_SKIPPED):
+        raise ValueError(f"skipped must list objects with the texts {', '.join(_OF_SKIPPED)}")

@@ -8,7 +8,7 @@ A damaged clip does not end a stream: another one takes its place, and the damag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain, islice
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,20 +20,27 @@ from avs_dist.shards.plan import PADDING, StepPlan, StreamState, TrainSequence, 
 from avs_dist.shards.read import ClipReader
 
 Batch = TypeVar("Batch")
+
+
+class _NothingReadableError(Exception):
+    """No clip that is tried can be read."""
+
+
 # the samples are what the shards hold, see ClipReader.sample
 Collate = Callable[[list[Any]], Batch]
-# substitutes that are tried for one damaged clip
+# clips that are tried in the place of one
 MOST_TRIED = 100
 
 
 class Loaded(NamedTuple, Generic[Batch]):
     """One batch.
 
+    batch:   None where no clip in reach can be read: the stream ends there.
     clips:   ids of the clips in it; PADDING (-1) marks those that only fill an evaluation batch.
     damages: clips that should have been in it.
     """
 
-    batch: Batch
+    batch: Batch | None
     clips: list[int]
     damages: tuple[Damage, ...]
 
@@ -47,6 +54,7 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
     Args:
         collate: Makes a batch of samples; runs in the worker.
         weights: Shares of the reader's sets.
+        most_tried: Clips that are tried in the place of one before the stream ends.
     """
 
     def __init__(
@@ -58,9 +66,10 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
         window: int,
         collate: Collate[Batch],
         weights: Sequence[float] = (1.0,),
+        most_tried: int = MOST_TRIED,
     ) -> None:
         super().__init__()
-        self._reader, self._plan, self._collate = reader, plan, collate
+        self._reader, self._plan, self._collate, self._most_tried = reader, plan, collate, most_tried
         self._order = (reader.shard_counts, seed, window, weights)
         TrainSequence(*self._order)  # what cannot be ordered is refused here, not in a worker
 
@@ -73,7 +82,11 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
         with closing(self._reader):
             for positions in self._plan.micro_batches(*_this_worker()):
                 damages: list[Damage] = []
-                found = [self._usable(sequence[position], damages) for position in positions]
+                try:
+                    found = [self._usable(sequence[position], damages) for position in positions]
+                except _NothingReadableError:
+                    yield Loaded(None, [], tuple(damages))
+                    return
                 batch = self._collate([sample for _, sample in found])
                 yield Loaded(batch, [clip for clip, _ in found], tuple(damages))
 
@@ -83,10 +96,19 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
         return (sequence[position] for position in positions)
 
     def _usable(self, clip: int, damages: list[Damage]) -> tuple[int, Any]:
-        """The clip and its sample, or the first of its substitutes that can be read."""
+        """The clip and its sample, or the first of its substitutes that can be read.
+
+        Raises:
+            _NothingReadableError: None can, of as many as are tried.
+        """
         own_set = self._reader.clips_of_same_set(clip)
         others = (own_set[i] for i in substitutes(clip - own_set.start, len(own_set)))
-        return _first_readable(self._reader, chain([clip], others), damages)
+        for candidate in islice(chain([clip], others), self._most_tried):
+            try:
+                return candidate, self._reader.sample(candidate)
+            except DamagedClipError as error:
+                damages.append(error.damage)
+        raise _NothingReadableError
 
 
 class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
@@ -98,13 +120,21 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
     Args:
         batch_size: Clips in each batch of one rank.
         collate: Makes a batch of samples; runs in the worker.
+        most_tried: Clips that are tried to fill a place before the stream ends.
     """
 
     def __init__(
-        self, reader: ClipReader, *, batch_size: int, rank: int, world_size: int, collate: Collate[Batch]
+        self,
+        reader: ClipReader,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        collate: Collate[Batch],
+        most_tried: int = MOST_TRIED,
     ) -> None:
         super().__init__()
-        self._reader, self._collate = reader, collate
+        self._reader, self._collate, self._most_tried = reader, collate, most_tried
         self._plan = (len(reader), batch_size, rank, world_size)
         self._length = len(eval_batches(*self._plan))
 
@@ -115,20 +145,30 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
         self._reader.read_ahead(self._clips)
         with closing(self._reader):
             for clips in eval_batches(*self._plan, *_this_worker()):
-                found = [self._shown(clip) for clip in clips]
-                batch = self._collate([sample for _, sample, _ in found])
-                damages = tuple(damage for *_, damages in found for damage in damages)
-                yield Loaded(batch, [clip for clip, _, _ in found], damages)
+                damages: list[Damage] = []
+                try:
+                    found = [self._shown(clip, damages) for clip in clips]
+                except _NothingReadableError:
+                    yield Loaded(None, [], tuple(damages))
+                    return
+                batch = self._collate([sample for _, sample in found])
+                yield Loaded(batch, [clip for clip, _ in found], tuple(damages))
 
-    def _shown(self, clip: int) -> tuple[int, Any, list[Damage]]:
-        """The clip, its sample, no damage; or PADDING, the sample of another one, and what is wrong with the clip."""
-        last = len(self._reader) - 1
-        damages: list[Damage] = []
-        candidates = chain([last if clip == PADDING else clip], substitutes(last, len(self._reader)), [last])
-        read, sample = _first_readable(self._reader, candidates, damages)
-        if clip == PADDING:
-            return PADDING, sample, []  # nobody's clip: its damage is told where it is counted
-        return (clip if read == clip and not damages else PADDING), sample, damages[:1]
+    def _shown(self, clip: int, damages: list[Damage]) -> tuple[int, Any]:
+        """The clip and its sample; or PADDING and the sample of another one, where it is damaged or only fills."""
+        if clip != PADDING:
+            try:
+                return clip, self._reader.sample(clip)
+            except DamagedClipError as error:
+                damages.append(error.damage)
+        last, unread = len(self._reader) - 1, []
+        for filler in islice(chain([last], substitutes(last, len(self._reader))), self._most_tried):
+            try:
+                return PADDING, self._reader.sample(filler, own_sound=True)
+            except DamagedClipError as error:
+                unread.append(error.damage)  # told where the clip is counted, unless nothing is counted any more
+        damages += unread
+        raise _NothingReadableError
 
     def _clips(self) -> Iterator[int]:
         return (clip for clips in eval_batches(*self._plan, *_this_worker()) for clip in clips if clip != PADDING)
@@ -137,20 +177,6 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
 def stream_state(reader: ClipReader, position: int, seed: int, window: int, weights: Sequence[float]) -> StreamState:
     """State of a training run over the reader's clips after so many of them."""
     return StreamState(position, seed, window, fingerprint(reader.shard_keys, weights))
-
-
-def _first_readable(reader: ClipReader, clips: Iterable[int], damages: list[Damage]) -> tuple[int, Any]:
-    """The first clip that can be read, and its sample; those before it are added to the damages.
-
-    Raises:
-        ValueError: If many in a row are damaged.
-    """
-    for clip in islice(clips, MOST_TRIED):
-        try:
-            return clip, reader.sample(clip)
-        except DamagedClipError as error:
-            damages.append(error.damage)
-    raise ValueError(f"{len(damages)} clips one after the other cannot be read; the first: {damages[0]}")
 
 
 def _this_worker() -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # local shards need nothing of what fetches others
 
 Audio = Literal["real", "muted", "swapped"]
 Result = TypeVar("Result")
+# clips that are asked for their sound, before one goes without
+MOST_DONORS = 100
 # what decoders of pictures, numbers and text raise on rubbish
 _DECODING_ERRORS = (ValueError, OSError, SyntaxError, EOFError, struct.error, OverflowError, MemoryError)
 
@@ -67,7 +70,7 @@ class ClipReader:
             raise ValueError(f"audio must be real, muted or swapped, got '{audio}'")
         self._sets = [sets] if isinstance(sets, ShardIndex) else list(sets)
         first = self._sets[0]
-        self._kind = first.kind
+        self._kind, self._split = first.kind, split
         if audio != "real" and self._kind == FEATURES:
             raise ValueError(
                 f"{first.place} holds features, not log-mels that audio='{audio}' could replace: use 'real'"
@@ -99,13 +102,16 @@ class ClipReader:
         first = sum(sum(counts) for counts in self.shard_counts[:number])
         return range(first, first + sum(self.shard_counts[number]))
 
-    def sample(self, clip: int) -> Any:
+    def sample(self, clip: int, own_sound: bool = False) -> Any:
         """Decoded sample of a clip: Sample, or FeatureSample where the shards hold features.
 
+        Args:
+            own_sound: Leave it its own, whatever the reader gives others.
+
         Raises:
-            DamagedClipError: If it is damaged, or, with swapped sound, the clip whose sound it gets.
+            DamagedClipError: If it is damaged, or no other clip has a sound for it that can be read.
         """
-        return self._checked(clip, lambda: self._decoded(clip))
+        return self._checked(clip, lambda: self._decoded(clip, own_sound))
 
     def samples(self, clips: Iterable[int]) -> Iterator[Any]:
         """`sample` of the clips, in order."""
@@ -147,8 +153,6 @@ class ClipReader:
         """What `decode` returns; any fault becomes one of this clip, with its place."""
         try:
             return decode()
-        except DamagedClipError:  # of the clip that another gets its sound from
-            raise
         except ClipFault as fault:
             raise DamagedClipError(self._damage(clip, fault.kind, str(fault))) from fault
         except _DECODING_ERRORS as error:
@@ -157,7 +161,7 @@ class ClipReader:
 
     def _damage(self, clip: int, kind: str, reason: str) -> Damage:
         number, shard, entry = self._places[clip]
-        return Damage(clip, entry.name, self._sets[number].place_of(shard), entry.offset, kind, reason)
+        return Damage(self._split, clip, entry.name, self._sets[number].place_of(shard), entry.offset, kind, reason)
 
     def _members(self, clip: int) -> dict[str, memoryview]:
         number, shard, entry = self._places[clip]
@@ -166,7 +170,7 @@ class ClipReader:
             raise ClipFault("checksum", "the CRC-32 does not match the index")
         return members_of(segment, entry.key)
 
-    def _decoded(self, clip: int) -> Sample | FeatureSample:
+    def _decoded(self, clip: int, own_sound: bool) -> Sample | FeatureSample:
         members = self._members(clip)
         number, _, entry = self._places[clip]
         if self._kind == FEATURES:
@@ -174,30 +178,37 @@ class ClipReader:
         else:
             if self._media is None:
                 self._media = MediaWorker(self._video_deadline_s)
-            sample = decode_clip(members, self._replacement(clip, members), self._media)
+            sound = None if own_sound or self._audio == "real" else self._replacement(clip, members)
+            sample = decode_clip(members, sound, self._media)
         self._sets[number].check_sample(entry, sample)
         return sample
 
-    def _replacement(self, clip: int, members: dict[str, memoryview]) -> Sound | None:
-        """Sound that replaces the clip's own; None keeps it. Sound that is shorter than the clip goes on as silence."""
-        if self._audio == "real":
-            return None
+    def _replacement(self, clip: int, members: dict[str, memoryview]) -> Sound:
+        """Sound that replaces the clip's own. Sound that is shorter than the clip goes on as silence."""
         seconds = decode_facts(members)["seconds"]
         mel_TFM = np.full((seconds, MEL_FRAMES, MEL_BANDS), SILENT_LOG_MEL, dtype=np.float32)
         audio_TD = None if self._silence_D is None else np.tile(self._silence_D, (seconds, 1))
         if self._audio == "swapped":
-            donor = self._sound(swapped(clip, len(self)))
+            donor = self._donor(clip)
             mel_TFM[: len(donor.mel_TFM)] = donor.mel_TFM[:seconds]
             if audio_TD is not None and donor.audio_TD is not None:
                 audio_TD[: len(donor.audio_TD)] = donor.audio_TD[:seconds]
         return Sound(mel_TFM, audio_TD)
 
-    def _sound(self, clip: int) -> Sound:
-        def decode() -> Sound:
-            members = self._members(clip)
-            return decode_sound(members, decode_facts(members)["seconds"])
+    def _donor(self, clip: int) -> Sound:
+        """Sound of the clip half the split away or, where that is damaged, of the first one after it that is not."""
+        first, reason = swapped(clip, len(self)), ""
+        donors = (donor % len(self) for donor in range(first, first + len(self)) if donor % len(self) != clip)
+        for donor in islice(donors, MOST_DONORS):
+            try:
+                return self._checked(donor, lambda donor=donor: self._sound(donor))  # type: ignore[misc]
+            except DamagedClipError as error:
+                reason = reason or str(error)
+        raise ClipFault("other", f"no other clip has a sound that can be read; the first: {reason}")
 
-        return self._checked(clip, decode)
+    def _sound(self, clip: int) -> Sound:
+        members = self._members(clip)
+        return decode_sound(members, decode_facts(members)["seconds"])
 
 
 def _open_store(index: ShardIndex, cache: ShardCache | None) -> Store:

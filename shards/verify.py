@@ -9,7 +9,7 @@ from textwrap import wrap
 
 from tqdm import tqdm
 
-from avs_dist.shards.faults import DamagedClipError
+from avs_dist.shards.faults import DamagedClipError, printable
 from avs_dist.shards.files import opened_plain, sha256_of
 from avs_dist.shards.index import ShardEntry, ShardIndex
 from avs_dist.shards.read import ClipReader
@@ -77,8 +77,9 @@ def describe(index: ShardIndex) -> str:
     """A table that a person reads: splits, clips, seconds, sound, labels, sizes, source, classes or events, skipped."""
     settings = index.settings
     lines = [
-        f"{index.place}: {settings['source']}, {_content(index)}, clips of at most {settings['clip_seconds']} s",
-        f"rule: {settings['source_rule']}",
+        f"{index.place}: {settings.get('source', 'unknown source')}, {_content(index)}, "
+        f"clips of at most {settings['clip_seconds']} s",
+        f"rule: {settings.get('source_rule', 'not told')}",
         "",
         f"{'split':<8}{'shards':>7}{'clips':>8}{'seconds':>9}{'labelled':>10}"
         f"{'sound ok':>10}{'silent':>8}{'none':>6}{'MB':>10}",
@@ -97,7 +98,8 @@ def describe(index: ShardIndex) -> str:
             named = f"{len(names)} {kind}, from 0: {', '.join(names)}"
             lines += ["", *wrap(named, 118, break_long_words=False, break_on_hyphens=False)]
     lines += ["", f"skipped: {len(index.skipped)}"]
-    lines += [f"  {clip['split']}/{clip['name']} ({clip['path']}): {clip['reason']}" for clip in index.skipped]
+    told = (f"{clip['split']}/{clip['name']} ({clip['path']}): {clip['reason']}" for clip in index.skipped)
+    lines += [f"  {printable(line)}" for line in told]
     return "\n".join(lines)
 
 
@@ -106,4 +108,4 @@ def _content(index: ShardIndex) -> str:
     if index.kind == FEATURES:
         shapes = (f"{name} {'x'.join(map(str, shape))}" for name, shape in index.feature_shapes.items())
         return f"features {', '.join(shapes)} {index.settings['feature_dtype']}"
-    return f"frames {index.image_size} x {index.image_size} {index.settings['frame_format']}"
+    return f"frames {index.image_size} x {index.image_size} {index.settings.get('frame_format', '')}"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from safetensors.torch import load_file
 from tampered_shards import Malicious, appended, edited, rewrite, with_members
 
 from avs_dist.checkpoint import data_state, find_checkpoint
+from avs_dist.damage import NoBatchError, TooManyDamagedError
+from avs_dist.engine import Engine
+from avs_dist.launch.evaluate import main as evaluate
 from avs_dist.launch.train import main as train
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.members import encode_clip
@@ -192,12 +196,64 @@ def test_one_damaged_clip_is_allowed_unless_none_is(copy: Path, tmp_path: Path) 
         train(arguments(copy, tmp_path / "none", "--data.max_damaged", "0"))
 
 
-def test_a_set_that_cannot_be_read_at_all_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_set_that_cannot_be_read_at_all_ends_the_run_with_a_report(tmp_path: Path, workers: str) -> None:
     folder = tmp_path / "set"
     write_set(folder, clips=10)
     flip_bits(folder, list(range(10)))
-    with pytest.raises(ValueError, match=r"10 clips one after the other cannot be read; the first: shard .*CRC-32"):
-        train(arguments(folder, tmp_path / "run", "--data.max_damaged", "1"))
+    more = ("--data.workers", workers)
+    with pytest.raises(NoBatchError, match="10 clips one after the other cannot be read"):
+        train(arguments(folder, tmp_path / "all", "--data.max_damaged", "1", *more))
+    with pytest.raises(TooManyDamagedError, match=r"3 of 10 clips of train .* allows 2; .*CRC-32"):
+        train(arguments(folder, tmp_path / "some", "--data.max_damaged", "0.2", *more))
+    assert json.loads((tmp_path / "some/damaged.json").read_text())["counts"] == {"checksum": 3}
+
+
+def test_shards_that_vanish_do_not_lose_the_steps_done(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Engine.train_step
+
+    def train_step(engine: Engine, batches: list[Any], number: int) -> dict[str, float]:
+        if number == 3:
+            for shard in copy.glob("train-*.tar"):
+                shard.unlink()
+        return step(engine, batches, number)
+
+    monkeypatch.setattr(Engine, "train_step", train_step)
+    with pytest.raises(TooManyDamagedError, match="unreadable"):
+        train(arguments(copy, tmp_path / "run"))
+    assert find_checkpoint(tmp_path / "run").name == "step-000004"
+
+
+def test_damage_is_not_forgotten_over_a_resume_and_mended_clips_are_forgiven(
+    copy: Path, healthy: Path, tmp_path: Path
+) -> None:
+    flip_bits(copy, list(range(200)))
+    more = ("--data.max_damaged", "0.03", "--train.resume", "true", "--train.max_steps", "2")
+    with pytest.raises(TooManyDamagedError, match="7 of 200"):
+        train(arguments(copy, tmp_path / "run", *more))
+    listed = (tmp_path / "run/damaged.json").read_text()
+    with pytest.raises(TooManyDamagedError, match="7 of 200"):
+        train(arguments(copy, tmp_path / "run", *more))
+    shutil.copytree(healthy, copy, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "begun")
+    train(arguments(copy, tmp_path / "begun", "--train.resume", "true", "--train.max_steps", "2"))
+    assert len(json.loads(listed)["clips"]) == 7
+    train(arguments(copy, tmp_path / "long", "--train.max_steps", "2"))
+    (tmp_path / "long/damaged.json").write_text(listed)
+    flip_bits(copy, [json.loads(listed)["clips"][0]["clip"], 150])
+    train(arguments(copy, tmp_path / "long", "--train.resume", "true", "--train.max_steps", "3"))
+    report = json.loads((tmp_path / "long/damaged.json").read_text())
+    assert [clip["clip"] for clip in report["clips"]][:1] == [json.loads(listed)["clips"][0]["clip"]]
+    assert len(report["clips"]) <= 2
+
+
+def test_a_clip_that_fits_no_batch_is_damage(copy: Path, tmp_path: Path) -> None:
+    loud = with_members(lambda members: {**members, "mel.npy": members["mel.npy"][:128] + b"\xff\xff\x7f\x7f" * 12288})
+    rewrite(copy, loud, "train", 0)
+    train(arguments(copy, tmp_path / "run", "--data.max_damaged", "0.01"))
+    assert json.loads((tmp_path / "run/damaged.json").read_text())["counts"] == {"array": 1}
 
 
 def test_damage_in_the_evaluation_is_counted_and_does_not_lose_the_training(copy: Path, tmp_path: Path) -> None:
@@ -209,10 +265,26 @@ def test_damage_in_the_evaluation_is_counted_and_does_not_lose_the_training(copy
     train(arguments(copy, tmp_path / "allowed", "--train.max_steps", "3", "--data.max_damaged", "0.25"))
     [measured] = records(tmp_path / "allowed", "eval")
     assert (measured["damaged_clips"], measured["frames"]) == (2, 6 * SECONDS)
+    report = json.loads((tmp_path / "allowed/damaged.json").read_text())
+    assert [(clip["split"], clip["name"]) for clip in report["clips"]] == [("val", "val001"), ("val", "val002")]
     with pytest.raises(RuntimeError, match=r"2 of 8 clips of val .* allows 1"):
         train(arguments(copy, tmp_path / "run", "--train.max_steps", "3", "--data.max_damaged", "0.2"))
     assert find_checkpoint(tmp_path / "run").name == "step-000003"
     assert not records(tmp_path / "run", "eval")
+    # what was not measured when the run had to stop is measured first when it goes on
+    more = ("--train.max_steps", "3", "--data.max_damaged", "0.25", "--train.resume", "true")
+    train(arguments(copy, tmp_path / "run", *more))
+    [measured] = records(tmp_path / "run", "eval")
+    assert (measured["step"], measured["frames"]) == (3, 6 * SECONDS)
+    assert (tmp_path / "run/checkpoints/best.json").is_file()
+    checkpoint = ("--checkpoint", str(tmp_path / "run"), "--split", "val", "--audio", "all")
+    with pytest.raises(RuntimeError, match="2 of 8 clips of val .*--max-damaged"):
+        evaluate([*checkpoint, "--max-damaged", "0.1"])
+    assert evaluate([*checkpoint, "--json", str(tmp_path / "e.json")]) == 0
+    rows = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert {name: (row["frames"], row["damaged_clips"]) for name, row in rows.items()} == {
+        sound: (6 * SECONDS, 2) for sound in ("real", "muted", "swapped")
+    }
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -193,6 +193,7 @@ RAW_MEMBERS: dict[str, tuple[Callable[[dict[str, bytes]], dict[str, bytes]], str
     "NaN in mel": (lambda m: {**m, "mel.npy": npy(np.full((SECONDS, 96, 64), np.nan, np.float32))}, "not_finite"),
     "infinite mel": (lambda m: {**m, "mel.npy": npy(np.full((SECONDS, 96, 64), np.inf, np.float32))}, "not_finite"),
     "mel of another length": (lambda m: {**m, "mel.npy": npy(np.zeros((SECONDS + 1, 96, 64), np.float32))}, "array"),
+    "a mel that is none": (lambda m: {**m, "mel.npy": npy(np.full((SECONDS, 96, 64), 3e38, np.float32))}, "array"),
     "mel in float64": (lambda m: {**m, "mel.npy": npy(np.zeros((SECONDS, 96, 64)))}, "array"),
     "mel that claims 8 GiB": (
         lambda m: {**m, "mel.npy": m["mel.npy"].replace(b"(2, 96, 64), }     ", b"(2, 1024, 1048576)}")}, "array",
@@ -289,6 +290,18 @@ def test_long_names_are_read_and_their_records_are_not_believed(tmp_path: Path):
             ClipReader(changed, "val").sample(0)
         assert error.value.damage.kind == "tar"
         rewrite(tmp_path, lambda segment, b=before, a=after: segment.replace(a, b, 1))
+
+
+def test_names_cannot_write_on_the_terminal(tmp_path: Path):
+    name = "x\n\x1b[2Javs-dist train: all is well"
+    writer = ShardWriter(tmp_path, "val", 0)
+    writer.add(sample(name), encode_clip(sample(name)))
+    index = ShardIndex(tmp_path, {"image_size": SIZE, "clip_seconds": SECONDS}, (writer.close(),), ())
+    index.save()
+    with pytest.raises(DamagedClipError) as error:
+        ClipReader(rewrite(tmp_path, lambda segment: segment[:-512]), "val").sample(0)
+    assert str(error.value).isprintable()
+    assert error.value.damage.name == name
 
 
 def test_members_read_as_tarfile_reads_them(raw: Path):

@@ -182,7 +182,7 @@ def test_a_damaged_clip_is_replaced_in_training_and_told(copy: Path, index: Shar
         assert [clips[clip] for clip in each.clips] == each.batch
     damage = next(damage for each in streamed for damage in each.damages)
     shard = damaged.split("train")[0]
-    assert damage[:5] == (1, clips[1], f"{copy}/{shard.name}", shard.clips[1].offset, "checksum")
+    assert damage[:6] == ("train", 1, clips[1], f"{copy}/{shard.name}", shard.clips[1].offset, "checksum")
     assert "CRC-32" in str(damage)
 
 
@@ -197,12 +197,18 @@ def test_a_substitute_comes_from_the_same_set(copy: Path, other: ShardIndex):
     assert [n.startswith("other") for n in drawn] == [n.startswith("other") for n in healthy]
 
 
-def test_a_set_of_damaged_clips_only_is_an_error(copy: Path, other: ShardIndex):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_of_damaged_clips_only_ends_the_stream(copy: Path, other: ShardIndex, workers: int):
     folder = Path(shutil.copytree(other.directory, copy.parent / "other"))
     for number in range(4):
         broken = flip(folder, "train", number)
-    with pytest.raises(ValueError, match=r"4 clips one after the other cannot be read.*CRC-32"):
-        list(train_stream(broken))
+    [last] = loaded(train_stream(broken), workers)
+    assert (last.batch, last.clips) == (None, [])
+    assert sorted(damage.clip for damage in last.damages) == [0, 1, 2, 3]
+    reader = ClipReader(broken, "train")
+    [last] = loaded(EvalStream(reader, batch_size=2, rank=0, world_size=1, collate=names), workers)
+    assert last.batch is None
+    assert {damage.clip for damage in last.damages} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])
@@ -219,12 +225,19 @@ def test_a_damaged_clip_is_left_out_of_an_evaluation_and_told_once(copy: Path, w
     assert (sorted(seen), sorted(told)) == ([0, 1, 3], [2, 4])
 
 
-def test_a_clip_whose_donor_is_damaged_is_left_out_too(copy: Path):
-    """With swapped sound clip i gets that of i + 2."""
-    damaged = flip(copy, "val", 2)
+def test_a_clip_whose_donor_is_damaged_gets_another_sound(copy: Path, index: ShardIndex):
+    """With swapped sound clip i gets that of i + 2, clip 0 here that of 3; so all sounds are heard on the same clips."""
+    real, damaged = mels(index, "val", "real"), flip(copy, "val", 2)
     results = loaded(eval_stream(damaged, audio="swapped"))
-    assert sorted(p for each in results for p in each.clips if p != -1) == [1, 3, 4]
-    assert {damage.name for each in results for damage in each.damages} == {"val2"}
+    assert sorted(p for each in results for p in each.clips if p != -1) == [0, 1, 3, 4]
+    assert [damage.name for each in results for damage in each.damages] == ["val2"]
+    np.testing.assert_array_equal(ClipReader(damaged, "val", "swapped").sample(0).mel_TFM, real[3])
+    for number in (0, 1, 3):
+        damaged = flip(copy, "val", number)
+    [*_, last] = loaded(eval_stream(damaged, batch_size=5, audio="swapped"))
+    assert last.clips == [-1] * 5
+    assert {damage.clip for damage in last.damages} == {0, 1, 2, 3, 4}
+    assert "no other clip has a sound that can be read" in last.damages[-1].reason
 
 
 @pytest.mark.parametrize("film", ["bigbuckbunny", "friday"])
@@ -339,6 +352,25 @@ def test_an_index_that_is_not_true_is_found(copy: Path, change: Callable[[Any], 
         (lambda d: d["shards"][0]["clips"][0].update(key="../train00"), "expected the key of the name"),
         (lambda d: d["shards"][0]["clips"].__setitem__(1, d["shards"][0]["clips"][0]), "train00 stands twice in split"),
         (lambda d: d["settings"].update(image_size=10**6), "image_size must be a number from 1"),
+        (lambda d: d["settings"].update(clip_seconds=10**9), "clip_seconds must be a number from 1"),
+        (lambda d: d["settings"].update(clip_seconds="5"), "clip_seconds must be a number from 1"),
+        (lambda d: d["settings"].update(clip_seconds=4), "has 5 s, settings.clip_seconds is 4"),
+        (lambda d: d["settings"].pop("clip_seconds"), "damaged.*clip_seconds"),
+        (lambda d: d["shards"][0].update(split="a\x1b[2J"), "printable text"),
+        (lambda d: d.update(skipped=[1]), "skipped must list objects"),
+        (lambda d: d.update(skipped=[{"name": 1, "split": "", "path": "", "reason": ""}]), "skipped must list objects"),
+        (
+            lambda d: d["settings"].update(
+                audio_encoder={"kind": "vggish", "weights_sha256": "", "silence": [1e300] * 128}
+            ),
+            "finite numbers",
+        ),
+        (
+            lambda d: d["settings"].update(
+                audio_encoder={"kind": "vggish", "weights_sha256": "", "silence": [10**400] * 128}
+            ),
+            "damaged: OverflowError",
+        ),
     ],
 )
 def test_a_strange_index_is_refused(copy: Path, change: Any, message: str):

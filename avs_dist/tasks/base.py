@@ -7,6 +7,7 @@ from typing import Any
 
 from avs_dist import world
 from avs_dist.config import Config
+from avs_dist.damage import DamageLog
 from avs_dist.engine import Engine, micro_batch_size
 from avs_dist.loader import mixed_sets
 from avs_dist.shards.index import ShardIndex
@@ -16,12 +17,14 @@ class Task(ABC):
     """Data and measures of one run.
 
     best_by: the metric whose highest value makes a checkpoint the best.
+    damage:  the damaged clips of the last evaluation.
     """
 
     best_by: str
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.damage: DamageLog | None = None
 
     @abstractmethod
     def check_data(self, index: ShardIndex) -> None:

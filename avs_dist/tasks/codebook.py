@@ -96,6 +96,7 @@ class CodebookTask(Task):
         config, modalities = self.config, self.config.model.unicode.modalities
         usage = CodeUsage(config.model.unicode.codebook.num_codes, modalities)
         loader = eval_loader(config, config.data.eval_split, micro_batch_size(config), world.rank(), world.world_size())
+        self.damage = loader.damage
         means: dict[str, list[Tensor]] = {m: [] for m in modalities}
         counted: list[Tensor] = []
         for batch, positions in tqdm(loader, desc="evaluate", unit="batch", leave=False, disable=not world.is_main()):

@@ -61,6 +61,7 @@ class SegmentationTask(Task):
 
     def evaluate(self, engine: Engine) -> tuple[dict[str, float], dict[str, float]]:
         batches = _Watched(engine, self.config)
+        self.damage = batches.loader.damage
         metrics = batches.loader.counted(evaluate(engine.predict, batches))
         return metrics, batches.monitor.compute().scalars() if batches.monitor else {}
 
