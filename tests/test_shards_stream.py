@@ -226,7 +226,7 @@ def test_a_damaged_clip_is_left_out_of_an_evaluation_and_told_once(copy: Path, w
 
 
 def test_a_clip_whose_donor_is_damaged_gets_another_sound(copy: Path, index: ShardIndex):
-    """With swapped sound clip i gets that of i + 2, clip 0 here that of 3; so all sounds are heard on the same clips."""
+    """With swapped sound clip i gets that of i + 2, clip 0 here that of 3; so all rows are of the same clips."""
     real, damaged = mels(index, "val", "real"), flip(copy, "val", 2)
     results = loaded(eval_stream(damaged, audio="swapped"))
     assert sorted(p for each in results for p in each.clips if p != -1) == [0, 1, 3, 4]

@@ -192,7 +192,7 @@ def test_prompts_of_s4(s4: Path, tmp_path: Path):
     np.testing.assert_array_equal(sample.text_WE, WordVectors.hashed().of("the sound of a male speech"), strict=True)
     assert verify(index, progress=False) == []
     assert {k: v for k, v in index.settings.items() if k not in plain.settings} == {
-        "prompts": "sentence", "word_vectors": "hashed"
+        "prompts": "sentence", "word_vectors": "hashed", "word_channels": 768
     }  # fmt: skip
     bare = next(ClipReader(plain, "train").samples([0]))
     assert bare.text_WE is None
