@@ -12,6 +12,7 @@ import torch
 from avs_dist.launch.parser import Parser
 from avs_dist.shards.embed import AudioEncoder, embed
 from avs_dist.shards.index import ShardIndex
+from avs_dist.shards.remote import refuse_url
 from avs_dist.shards.verify import describe
 
 EMBED_HELP = """Copy shards and store what a frozen audio encoder makes of each second.
@@ -38,6 +39,10 @@ def embed_parser() -> Parser:
 def embed_command(options: Any) -> int:
     if options.batch < 1:
         raise ValueError(f"--batch {options.batch}: must be at least 1")
+    if not 0.0 <= options.max_skipped <= 1.0:
+        raise ValueError(f"--max-skipped is a fraction from 0 to 1, got {options.max_skipped:g}")
+    for name in ("shards", "out"):
+        refuse_url(f"--{name}", getattr(options, name))
     index = ShardIndex.load(options.shards)
     encoder = _encoder(options.audio_encoder, options.weights, options.device)
     _tell_disk_use(index, options.out)

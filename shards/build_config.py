@@ -7,6 +7,8 @@ from pathlib import Path
 
 from avs_dist.shards.feature_members import DTYPES
 from avs_dist.shards.members import FRAME_FORMATS
+from avs_dist.shards.remote import refuse_url
+from avs_dist.shards.schema import MAX_CLIP_SECONDS, MAX_IMAGE_SIZE
 from avs_dist.shards.video_member import VIDEO
 
 _FRAME_RULE = "one frame a second, the one at 15/16 of it (AVSBench)"
@@ -28,6 +30,7 @@ FEATURE_RULES = {
 SOURCE_RULES = CLIP_RULES | FEATURE_RULES
 SOURCES = tuple(SOURCE_RULES)
 _LONGEST_S = {"avss": 10, "vggsound": 10} | dict.fromkeys(FEATURE_RULES, 10)
+_LONGEST_DEADLINE_S = 86_400
 # value of `prompts` that needs no file
 SENTENCE = "sentence"
 
@@ -61,10 +64,17 @@ class BuildConfig:
             raise ValueError("--frames video stores parts of films; avss has pictures only, use raw, png, webp or jpeg")
         if self.features not in DTYPES:
             raise ValueError(f"unknown type of features '{self.features}'; known: {', '.join(DTYPES)}")
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"--root {self.root} is not a folder")
         if self.size < 1 or self.longest_s < 1 or self.shard_mb <= 0 or self.deadline_s <= 0:
             raise ValueError("--size, --clip-s, --shard-mb and --deadline-s must be positive")
+        bounds = {"size": MAX_IMAGE_SIZE, "longest_s": MAX_CLIP_SECONDS, "deadline_s": _LONGEST_DEADLINE_S}
+        for name, bound in bounds.items():
+            if getattr(self, name) > bound:
+                option = {"longest_s": "clip-s"}.get(name, name.replace("_", "-"))
+                raise ValueError(f"--{option} {getattr(self, name):g}: at most {bound}")
+        for option, path in (("--root", self.root), ("--out", self.out)):
+            refuse_url(option, path)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"--root {self.root} is not a folder")
         if not 0.0 <= self.max_skipped <= 1.0:
             raise ValueError(f"--max-skipped is a fraction from 0 to 1, got {self.max_skipped:g}")
         if self.prompts is not None and self.source != "avsbench-s4":

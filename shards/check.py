@@ -17,6 +17,8 @@ from avs_dist.shards.feature_recipe import list_features
 from avs_dist.shards.pool import DecodePool
 from avs_dist.shards.recipe import relative
 from avs_dist.shards.sources import SPLITS, ClipJob, FeatureJob, avsbench, avss
+from avs_dist.shards.sources.media_files import files_below
+from avs_dist.shards.sources.videos import SUFFIXES
 
 # clips of each split, of AVSS also of each subset
 PUBLISHED = {
@@ -179,6 +181,11 @@ def _told(part: str, absent: list[Path]) -> str:
 
 def _extra(config: BuildConfig, jobs: Sequence[ClipJob | FeatureJob]) -> Iterator[tuple[str, str]]:
     """Split, or "", and place of each clip on disk that is not listed, once for each clip."""
+    if config.source == "vggsound":
+        used = {job.video for job in jobs if isinstance(job, ClipJob)}
+        unlisted = (path for path in files_below(config.root, SUFFIXES).values() if path not in used)
+        yield from (("", relative(path, config.root)) for path in unlisted)
+        return
     names = {job.name for job in jobs}
     found: dict[str, tuple[str, str]] = {}
     for folder in _clip_folders(config, jobs):
@@ -198,8 +205,6 @@ def _clip_folders(config: BuildConfig, jobs: Sequence[ClipJob | FeatureJob]) -> 
         return [data / name for name in names]
     if config.source == "avss":
         return [avss.data_folder(config.root) / subset for subset in avss.SUBSETS]
-    if config.source == "vggsound":
-        return [config.root]
     if config.source in FEATURE_RULES and config.source != "ave":  # whose clips are rows of files
         return sorted({path.parent for job in jobs for path in _one_of_each(job)})
     return []

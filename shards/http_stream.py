@@ -29,7 +29,7 @@ CHUNK_BYTES = 2**18
 MAX_REDIRECTS = 10
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)")
 Result = TypeVar("Result")
 
 
@@ -60,8 +60,11 @@ def redirected(url: str, location: str) -> str:
     Raises:
         FetchError: If it leaves http(s), or leads from https to http, where everybody may read and change the answer.
     """
-    target = urljoin(url, location)
-    schemes = urlsplit(url).scheme, urlsplit(target).scheme
+    try:
+        target = urljoin(url, location)
+        schemes = urlsplit(url).scheme, urlsplit(target).scheme
+    except ValueError as error:
+        raise FetchError(f"{shown(url)}: the server redirects to what is no url ({told(error)})") from None
     if schemes[1] not in ("http", "https") or schemes == ("https", "http"):
         raise FetchError(f"{shown(url)}: the server redirects to {shown(target)}, which is not followed from there")
     return target
@@ -119,6 +122,8 @@ def _wait(files: HTTPFileSystem, function: Callable[..., Awaitable[Result]], *ar
         return sync(files.loop, function, *arguments, timeout=stall_s)
     except FetchError:
         raise
+    except ValueError as error:  # no url that can be asked for
+        raise FetchError(told(error)) from None
     except FSTimeoutError:
         raise TransferFault(f"nothing came for {stall_s:g} s") from None
     except (aiohttp.ClientError, OSError) as error:

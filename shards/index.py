@@ -18,7 +18,7 @@ from avs_dist.shards.index_checks import (
     check_shards,
     check_skipped,
 )
-from avs_dist.shards.remote import fetch_bytes, is_url, join_url
+from avs_dist.shards.remote import check_url, fetch_bytes, is_url, join_url
 from avs_dist.shards.schema import (
     AUDIO_ENCODER,
     CLIPS,
@@ -30,8 +30,8 @@ from avs_dist.shards.schema import (
 )
 from avs_dist.shards.transfer import shown
 
-# of the largest sets, a clip takes about 200 bytes
-MAX_INDEX_BYTES = 2**30
+# a clip takes about 200 bytes, and parsed some 30 times as much where somebody means harm
+MAX_INDEX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class ShardIndex:
             OSError: If the URL cannot be read.
         """
         if is_url(str(directory)):
+            check_url(str(directory))
             place: Path | str = str(directory).rstrip("/")
             url = join_url(str(place), INDEX_FILE)
             path, content = shown(url), fetch_bytes(url, MAX_INDEX_BYTES)

@@ -19,6 +19,7 @@ from avs_dist.shards.schema import (
     FEATURES,
     MAX_CLIP_BYTES,
     MAX_CLIP_SECONDS,
+    MAX_IMAGE_SIZE,
     FeatureSample,
     Sample,
     key_of,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:  # index imports this file
 _SHA256 = re.compile("[0-9a-f]{64}")
 _SOUNDS = ("ok", "silent", "none")
 _OF_SKIPPED = ("name", "split", "path", "reason")
-MAX_IMAGE_SIZE = 8192
 # far above ln of what the loudest sound of 16 bits gives
 MAX_LOG_MEL = 100.0
 

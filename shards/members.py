@@ -11,7 +11,15 @@ import numpy as np
 
 from avs_dist.shards import segment
 from avs_dist.shards.faults import ClipFault
-from avs_dist.shards.frames import PICTURES, RAW, decode_frames, decode_masks, encode_frames, encode_masks
+from avs_dist.shards.frames import (
+    PICTURES,
+    RAW,
+    check_clip_bytes,
+    decode_frames,
+    decode_masks,
+    encode_frames,
+    encode_masks,
+)
 from avs_dist.shards.schema import ENCODED_CHANNELS, MEL_BANDS, MEL_FRAMES, Sample
 from avs_dist.shards.segment import Members, decode_npy, encode_facts, encode_npy, finite, tar_segment
 from avs_dist.shards.video_member import VIDEO, StoredVideo, check_stored_video
@@ -45,6 +53,7 @@ def encode_clip(sample: Sample, frame_format: str = RAW, video: StoredVideo | No
         ValueError: If the arrays disagree in shape, or a member is larger than readers accept.
     """
     _check_shapes(sample)
+    check_clip_bytes(sample.frames_THWC.shape)
     facts: dict[str, Any] = {**sample.meta, "name": sample.name, "seconds": sample.seconds}
     facts["labelled"] = np.flatnonzero(sample.labelled_T).tolist()
     facts["frame_format"] = frame_format

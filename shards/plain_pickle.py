@@ -24,6 +24,10 @@ from avs_dist.shards.pickle_machine import Name, PickleMachine, are, kind_of
 from avs_dist.shards.schema import MAX_MEMBER_BYTES
 
 _MAX_NDIM = 8
+# what zipfile raises; RuntimeError: a password is wanted; OSError, OverflowError: a damaged offset leads out of it
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, OverflowError,
+)  # fmt: skip
 _DTYPE = re.compile("b1|[iu][1248]|f[248]")
 
 ARRAY_NAMES = {
@@ -149,8 +153,7 @@ def read_zip_array(path: Path) -> np.ndarray:
             return read_array_pickle(unpacked(archive, found[0]))
     except (FileNotFoundError, PermissionError):
         raise
-    # RuntimeError: a password is wanted; OSError: a damaged offset leads out of the file
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except (*ZIP_ERRORS, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -52,6 +52,8 @@ class ReadAhead:
 
     def _run(self) -> None:
         for shard in self._wanted:
+            if shard.bytes > self._max_bytes:
+                continue  # fetched when it is read
             with self._moved:
                 while not self._stopped.is_set() and not self._has_room(shard):
                     self._moved.wait()

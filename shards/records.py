@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from avs_dist.shards.index import ShardEntry, ShardIndex, write_json
-from avs_dist.shards.schema import INDEX_FILE
+from avs_dist.shards.schema import AUDIO_ENCODER, INDEX_FILE
+
+# settings that a build cannot compare when it begins
+_KNOWN_AT_THE_END = (AUDIO_ENCODER,)
 
 
 def empty_record() -> dict[str, Any]:
@@ -121,8 +124,9 @@ class Records:
         return self._folder / f"{split}-{number:05d}.json"
 
     def _check_settings(self, theirs: dict[str, Any]) -> None:
-        pairs = [(k, theirs.get(k), ours) for k, ours in self._settings.items()]
-        different = [f"{k} (there {there!r}, now {now!r})" for k, there, now in pairs if there != now]
+        names = dict.fromkeys(name for name in (*self._settings, *theirs) if name not in _KNOWN_AT_THE_END)
+        pairs = [(name, theirs.get(name), self._settings.get(name)) for name in names]
+        different = [f"{name} (there {there!r}, now {now!r})" for name, there, now in pairs if there != now]
         if different:
             raise ValueError(
                 f"{self._out} holds a build with other settings: {', '.join(different)}; use another --out"

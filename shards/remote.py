@@ -12,6 +12,7 @@ import re
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 from typing import BinaryIO
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -21,6 +22,7 @@ from avs_dist.shards.transfer import FetchError, RangeFault, Stopped, Stream, Tr
 # scheme -> package that fsspec needs for it
 SCHEMES = {"http": "aiohttp", "https": "aiohttp", "s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
 # a try that brings so much is progress: the failed tries are counted anew
 PROGRESS_BYTES = 2**20
 # its own, so that waiting takes no numbers from the generators that a training draws from
@@ -63,6 +65,16 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+def refuse_url(option: str, path: Path) -> None:
+    """For what must be a local folder.
+
+    Raises:
+        ValueError: If it looks like a url; a Path has lost one of its slashes.
+    """
+    if _URL_AS_PATH.match(str(path)):
+        raise ValueError(f"{option} {shown(str(path))}: must be a folder on this machine")
+
+
 def check_url(url: str) -> str:
     """The scheme of a url that can be fetched from, one of SCHEMES.
 
@@ -70,7 +82,10 @@ def check_url(url: str) -> str:
         ValueError: For another scheme, or without a host or bucket.
         ImportError: If the package for this scheme is not installed.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ValueError(f"{shown(url)}: {error}") from error
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise ValueError(f"{shown(url)}: unknown scheme '{parts.scheme}'; use {known} or the path of a local folder")

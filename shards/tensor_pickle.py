@@ -14,7 +14,6 @@ import io
 import math
 import struct
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from avs_dist.shards.pickle_machine import Name, PickleMachine, are, kind_of
-from avs_dist.shards.plain_pickle import ARRAY_NAMES, ArrayMachine, array_of, unpacked
+from avs_dist.shards.plain_pickle import ARRAY_NAMES, ZIP_ERRORS, ArrayMachine, array_of, unpacked
 from avs_dist.shards.schema import MAX_MEMBER_BYTES
 
 _MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -208,8 +207,7 @@ def _zipped_file(data: bytes, machine: _TorchMachine) -> Any:
             machine.storage.data = unpacked(archive, members[f"data/{machine.key}"])
             _check_count(machine.storage, machine.storage.count)
             return value
-    # RuntimeError: a password is wanted; OSError: a damaged offset leads out of the file
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+    except ZIP_ERRORS as error:
         raise ValueError(str(error)) from error
 
 

@@ -6,6 +6,7 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle, repeat
 from pathlib import Path
 
@@ -113,6 +114,17 @@ def test_reading_ahead_follows_a_reader_that_jumps():
     for name in "bbbcccddd":
         ahead.reached(entry(name))
     eventually(lambda: fetched == list("abcde"))
+    ahead.close()
+
+
+def test_reading_ahead_passes_over_what_is_too_large():
+    fetched: list[str] = []
+    shards = [replace(entry(name), bytes=3 * SIZE) if name == "b" else entry(name) for name in "abcd"]
+    ahead = ReadAhead(iter(shards), lambda wanted, _: fetched.append(wanted.name[0]), 2 * SIZE)
+    eventually(lambda: fetched == ["a", "c"])
+    ahead.reached(shards[0])
+    ahead.reached(shards[1])
+    eventually(lambda: fetched == ["a", "c", "d"])
     ahead.close()
 
 

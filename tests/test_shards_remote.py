@@ -21,6 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from avs_dist.shards import remote
 from avs_dist.shards.http_stream import redirected
+from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.remote import Patience, check_url, fetch, fetch_bytes, is_url, join_url
 from avs_dist.shards.transfer import FetchError, MissingError, RefusedError, Stopped, shown, told
 
@@ -170,6 +171,18 @@ def test_redirects_are_followed_within_http_only(folder):
             fetched(server, name="file")
         with pytest.raises(FetchError, match="/round: more than 10 redirects$"):
             fetched(server, name="round")
+
+
+def test_what_is_no_url_is_an_error_with_its_name(folder):
+    with pytest.raises(ValueError, match=r"^http://\.\.\.: Invalid IPv6 URL"):
+        ShardIndex.load("http://[bad/x")
+    with pytest.raises(FetchError, match="label"):
+        ShardIndex.load("http://a..b/x")
+    with (
+        serving(folder, {"place": [Fault(status=302, location="http://[bad")]}) as server,
+        pytest.raises(FetchError, match="/place: the server redirects to what is no url"),
+    ):
+        fetch_bytes(f"{server.url}/place", 10)
 
 
 def test_no_redirect_leaves_encryption():

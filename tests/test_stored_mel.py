@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,18 @@ def test_other_files_are_refused(name: str, tmp_path: Path):
         read_stored_mel(write(tmp_path / "a.pkl", value), 5)
 
 
+def write_torch_file(path: Path, mel: torch.Tensor, header_offset: int) -> None:
+    """A file of torch.save whose first entry claims to lie elsewhere."""
+    buffer = io.BytesIO()
+    torch.save(mel, buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.filelist[0].header_offset = header_offset
+        archive._didModify = True  # type: ignore[attr-defined]
+    path.write_bytes(buffer.getvalue())
+
+
 def test_a_build_takes_the_stored_log_mel_and_needs_no_sound(tmp_path: Path):
-    names = dict.fromkeys(["nested", "flat", "silent", "bad"], "train")
+    names = dict.fromkeys(["nested", "flat", "silent", "bad", "lost"], "train")
     data = write_ms3(tmp_path, names)
     (data / "audio_wav/train/nested.wav").write_bytes(b"not looked at")
     for name in ("flat", "silent", "bad"):
@@ -79,11 +91,15 @@ def test_a_build_takes_the_stored_log_mel_and_needs_no_sound(tmp_path: Path):
     write(data / "audio_log_mel/flat.PKL", MEL + 1)
     write(data / "audio_log_mel/train/silent.pkl", torch.full((5, 1, 96, 64), SILENT_LOG_MEL))
     write(data / "audio_log_mel/train/bad.pkl", MEL[:3])
-    index = built(tmp_path, tmp_path / "out", max_skipped=0.25)
-    (skipped,) = index.skipped
-    assert skipped["name"] == "bad"
-    assert "bad.pkl: 3 examples for 5 s" in skipped["reason"]
+    write_torch_file(data / "audio_log_mel/train/lost.pkl", MEL, header_offset=2**63)
+    index = built(tmp_path, tmp_path / "out", max_skipped=0.4)
+    reasons = {clip["name"]: clip["reason"] for clip in index.skipped}
+    assert list(reasons) == ["bad", "lost"]
+    assert "bad.pkl: 3 examples for 5 s" in reasons["bad"]
+    assert "lost.pkl: " in reasons["lost"]
     assert index.settings["stored_mel"] is True
+    with pytest.raises(ValueError, match=r"other settings: .*stored_mel \(there True, now None\)"):
+        built(tmp_path, tmp_path / "out", max_skipped=0.4, stored_mel=False)
     reader = ClipReader(index, "train")
     found = {sample.name: sample for sample in reader.samples(range(len(reader)))}
     np.testing.assert_array_equal(found["nested"].mel_TFM, MEL.detach().numpy()[:, 0])

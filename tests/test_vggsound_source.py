@@ -8,6 +8,8 @@ import pytest
 from media_files import tone, write_video
 
 from avs_dist.launch import shards as command
+from avs_dist.shards.build_config import BuildConfig
+from avs_dist.shards.check import check
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.read import ClipReader
 from avs_dist.shards.sources.vggsound import list_clips
@@ -62,6 +64,16 @@ def test_the_published_name_comes_first_and_linked_folders_count(tmp_path: Path)
     files = {job.name: job.meta.get("file") for job in list_clips(root, 10)}
     assert files["---g-f_I2yQ_000001"] == NAMES["---g-f_I2yQ_000001"]
     assert files["gone_-_gone_000020"] == "video/gone_-_gone_20.mp4"
+
+
+def test_check_tells_every_video_that_is_not_listed(tmp_path: Path):
+    root = write_list(tmp_path / "in")
+    more = ("outside.webm", "videos/other_000001.mp4", "videos/deep/er/other_2.MKV")
+    for name in more:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"film")
+    report = check(BuildConfig("vggsound", root, tmp_path / "out"), progress=False)
+    assert sorted(place for _, place in report.extra) == sorted(more)
 
 
 @pytest.mark.parametrize(

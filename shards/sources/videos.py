@@ -26,6 +26,11 @@ def list_clips(root: Path, clip_s: int, probe: Probe) -> list[ClipJob]:
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise FileNotFoundError(f"no media file below --root {root}; known suffixes: {' '.join(sorted(SUFFIXES))}")
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{str(path)!r}: its name is not UTF-8; rename it") from None
     jobs: list[ClipJob] = []
     for path, label, facts in zip(paths, unique_labels(paths, root), probe(paths), strict=True):
         if isinstance(facts, str):
