@@ -310,3 +310,11 @@ def test_members_read_as_tarfile_reads_them(raw: Path):
     data = (raw / index.split("val")[0].name).read_bytes()[: clip.length]
     ours = ClipReader(index, "val").members(0)
     assert {f"val0.{name}": bytes(content) for name, content in ours.items()} == tar_members(data)
+
+
+def test_clips_that_readers_refuse_are_not_written():
+    """40 s of 2600 x 2600, of memory that is never touched."""
+    frames = np.broadcast_to(np.uint8(0), (40, 2600, 2600, 3))
+    mel, masks = np.zeros((40, 96, 64), np.float32), np.broadcast_to(np.uint8(0), (40, 2600, 2600))
+    with pytest.raises(ValueError, match="take more than 536870912 bytes"):
+        encode_clip(Sample("a", frames, mel, masks, np.zeros(40, bool)), "jpeg")

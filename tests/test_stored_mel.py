@@ -31,7 +31,9 @@ def write(path: Path, value: Any) -> Path:
 
 
 def built(root: Path, out: Path, **settings: Any) -> ShardIndex:
-    config = BuildConfig("avsbench-ms3", root, out, size=32, workers=1, deadline_s=20.0, stored_mel=True, **settings)
+    config = BuildConfig(
+        "avsbench-ms3", root, out, size=32, workers=1, deadline_s=20.0, **{"stored_mel": True, **settings}
+    )
     return build(config, progress=False)
 
 
