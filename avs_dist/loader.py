@@ -43,6 +43,7 @@ class TrainBatches:
         self._config, self._first_step = config, first_step
         self._weights = tuple((config.data.mixture or {"": 1.0}).values())
         self._reader = clip_reader(config.data, sets, config.data.train_split)
+        _warn_of_small_cache(config.data, sets)
         self._collate = _collate(config, index)
         self._state = self._state_at(first_step * config.train.global_batch)
         label = f"{config.data.train_split} of {', '.join(each.place for each in sets)}"
@@ -187,6 +188,20 @@ def clip_reader(data: DataConfig, sets: Sequence[ShardIndex], split: str, audio:
 
         cache = ShardCache(data.cache_dir, int(data.cache_gb * 1e9))
     return ClipReader(sets, split, audio, video_deadline_s=data.video_deadline_s, cache=cache)
+
+
+def _warn_of_small_cache(data: DataConfig, sets: Sequence[ShardIndex]) -> None:
+    """Tell where shards from a URL would leave the cache before the clips that are mixed with theirs have been read."""
+    shards = [shard for index in sets if index.is_remote for shard in index.split(data.train_split)]
+    num_clips = sum(len(shard.clips) for shard in shards)
+    window_gb = sum(shard.bytes for shard in shards) / 1e9 * min(1.0, data.shuffle_window / max(1, num_clips))
+    if window_gb > data.cache_gb and world.is_main():
+        tqdm.write(
+            f"data.cache_gb={data.cache_gb:g}: the {data.shuffle_window} clips that are mixed at a time "
+            f"(data.shuffle_window) take {window_gb:.2g} GB, so shards will be fetched again and again; raise it, or "
+            "mix fewer clips",
+            file=sys.stderr,
+        )
 
 
 def mixed_sets(data: DataConfig, index: ShardIndex) -> list[ShardIndex]:

@@ -12,6 +12,9 @@ from test_damage_in_training import arguments, records, write_set
 from avs_dist.launch import shards as shards_command
 from avs_dist.launch.evaluate import main as evaluate
 from avs_dist.launch.train import main as train
+from avs_dist.launch.train import parse_config
+from avs_dist.loader import TrainBatches
+from avs_dist.shards.index import ShardIndex
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,18 @@ def test_a_failing_server_does_not_change_the_run(folder: Path, tmp_path: Path, 
     assert records(tmp_path / "remote", "eval")[0]["miou"] == records(tmp_path / "local", "eval")[0]["miou"]
     assert not (tmp_path / "remote/damaged.json").exists()
     assert again == {name: count for name, count in first.items() if name != "index.json"}  # all came from the cache
+
+
+def test_a_cache_that_is_too_small_for_the_shuffle_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The clips for training take 2.5 MB."""
+    with serving(folder) as server:
+        for gigabytes, window, told in (("0.002", "4096", True), ("0.002", "20", False), ("0.003", "4096", False)):
+            more = ("--data.cache_gb", gigabytes, "--data.shuffle_window", window)
+            config = parse_config(arguments(server.url, tmp_path / "run", *more))
+            TrainBatches(config, ShardIndex.load(server.url))
+            assert ("fetched again and again" in capsys.readouterr().err) == told
 
 
 def test_a_shard_that_is_gone_is_damage(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
