@@ -57,7 +57,7 @@ class DamageLog:
     @property
     def counts(self) -> dict[str, int]:
         """How many clips by kind of damage, the most frequent first."""
-        return dict(Counter(damage.kind for damage in self._found.values()).most_common())
+        return _by_kind(self.damages)
 
     def add(self, damages: Sequence[Damage]) -> None:
         """Note damage; the first of a kind is told on rank 0."""
@@ -117,9 +117,12 @@ def _last_line(error: Exception) -> str:
 def save_report(folder: Path, logs: Sequence[DamageLog]) -> None:
     """Write every damaged clip with its place and reason to damaged.json."""
     damages = [damage for log in logs for damage in log.damages]
-    counts = dict(Counter(damage.kind for damage in damages).most_common())
     clips = [damage._asdict() for damage in damages]
-    write_text(folder / REPORT_FILE, json.dumps({"counts": counts, "clips": clips}, indent=1) + "\n")
+    write_text(folder / REPORT_FILE, json.dumps({"counts": _by_kind(damages), "clips": clips}, indent=1) + "\n")
+
+
+def _by_kind(damages: Sequence[Damage]) -> dict[str, int]:
+    return dict(Counter(damage.kind for damage in damages).most_common())
 
 
 def reported_clips(folder: Path, split: str) -> list[int]:

@@ -101,7 +101,7 @@ class TrainBatches:
             window=config.data.shuffle_window,
             weights=self._weights,
             collate=self._collate,
-            most_tried=min(MOST_TRIED, self.damage.allowed + 1),
+            most_tried=_most_tried(self.damage),
         )
         loaded = _iterate(stream, config.data.workers)
         for _ in range(plan.num_steps):
@@ -175,7 +175,7 @@ def eval_batches(
         rank=rank,
         world_size=world_size,
         collate=collate_batch,
-        most_tried=min(MOST_TRIED, damage.allowed + 1),
+        most_tried=_most_tried(damage),
     )
     return EvalBatches(stream, data.workers if workers is None else workers, damage)
 
@@ -188,6 +188,11 @@ def clip_reader(data: DataConfig, sets: Sequence[ShardIndex], split: str, audio:
 
         cache = ShardCache(data.cache_dir, int(data.cache_gb * 1e9))
     return ClipReader(sets, split, audio, video_deadline_s=data.video_deadline_s, cache=cache)
+
+
+def _most_tried(damage: DamageLog) -> int:
+    """So many clips in the place of one that the bound is exceeded where none can be read."""
+    return min(MOST_TRIED, damage.allowed + 1)
 
 
 def _warn_of_small_cache(data: DataConfig, sets: Sequence[ShardIndex]) -> None:

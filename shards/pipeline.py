@@ -8,8 +8,9 @@ A damaged clip does not end a stream: another one takes its place, and the damag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain, islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -81,14 +82,11 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
         self._reader.read_ahead(self._clips)
         with closing(self._reader):
             for positions in self._plan.micro_batches(*_this_worker()):
-                damages: list[Damage] = []
-                try:
-                    found = [self._usable(sequence[position], damages) for position in positions]
-                except _NothingReadableError:
-                    yield Loaded(None, [], tuple(damages))
+                clips = [sequence[position] for position in positions]
+                loaded = _loaded(self._usable, clips, self._collate)
+                yield loaded
+                if loaded.batch is None:
                     return
-                batch = self._collate([sample for _, sample in found])
-                yield Loaded(batch, [clip for clip, _ in found], tuple(damages))
 
     def _clips(self) -> Iterator[int]:
         sequence = TrainSequence(*self._order)
@@ -103,12 +101,7 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
         """
         own_set = self._reader.clips_of_same_set(clip)
         others = (own_set[i] for i in substitutes(clip - own_set.start, len(own_set)))
-        for candidate in islice(chain([clip], others), self._most_tried):
-            try:
-                return candidate, self._reader.sample(candidate)
-            except DamagedClipError as error:
-                damages.append(error.damage)
-        raise _NothingReadableError
+        return _first_readable(self._reader.sample, islice(chain([clip], others), self._most_tried), damages)
 
 
 class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
@@ -145,14 +138,10 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
         self._reader.read_ahead(self._clips)
         with closing(self._reader):
             for clips in eval_batches(*self._plan, *_this_worker()):
-                damages: list[Damage] = []
-                try:
-                    found = [self._shown(clip, damages) for clip in clips]
-                except _NothingReadableError:
-                    yield Loaded(None, [], tuple(damages))
+                loaded = _loaded(self._shown, clips, self._collate)
+                yield loaded
+                if loaded.batch is None:
                     return
-                batch = self._collate([sample for _, sample in found])
-                yield Loaded(batch, [clip for clip, _ in found], tuple(damages))
 
     def _shown(self, clip: int, damages: list[Damage]) -> tuple[int, Any]:
         """The clip and its sample; or PADDING and the sample of another one, where it is damaged or only fills."""
@@ -161,14 +150,14 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
                 return clip, self._reader.sample(clip)
             except DamagedClipError as error:
                 damages.append(error.damage)
-        last, unread = len(self._reader) - 1, []
-        for filler in islice(chain([last], substitutes(last, len(self._reader))), self._most_tried):
-            try:
-                return PADDING, self._reader.sample(filler, own_sound=True)
-            except DamagedClipError as error:
-                unread.append(error.damage)  # told where the clip is counted, unless nothing is counted any more
-        damages += unread
-        raise _NothingReadableError
+        last = len(self._reader) - 1
+        fillers = islice(chain([last], substitutes(last, len(self._reader))), self._most_tried)
+        unread: list[Damage] = []  # told where those clips are counted, unless nothing is counted any more
+        try:
+            return PADDING, _first_readable(partial(self._reader.sample, own_sound=True), fillers, unread)[1]
+        except _NothingReadableError:
+            damages += unread
+            raise
 
     def _clips(self) -> Iterator[int]:
         return (clip for clips in eval_batches(*self._plan, *_this_worker()) for clip in clips if clip != PADDING)
@@ -177,6 +166,33 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
 def stream_state(reader: ClipReader, position: int, seed: int, window: int, weights: Sequence[float]) -> StreamState:
     """State of a training run over the reader's clips after so many of them."""
     return StreamState(position, seed, window, fingerprint(reader.shard_keys, weights))
+
+
+def _loaded(
+    read: Callable[[int, list[Damage]], tuple[int, Any]], clips: Sequence[int], collate: Collate[Batch]
+) -> Loaded[Batch]:
+    """The batch of what `read` gives for each of the clips; it notes the damage that it meets."""
+    damages: list[Damage] = []
+    try:
+        found = [read(clip, damages) for clip in clips]
+    except _NothingReadableError:
+        return Loaded(None, [], tuple(damages))
+    batch = collate([sample for _, sample in found])
+    return Loaded(batch, [clip for clip, _ in found], tuple(damages))
+
+
+def _first_readable(read: Callable[[int], Any], clips: Iterable[int], damages: list[Damage]) -> tuple[int, Any]:
+    """The first clip that can be read, and its sample; the damage of those before it is noted.
+
+    Raises:
+        _NothingReadableError: None can.
+    """
+    for clip in clips:
+        try:
+            return clip, read(clip)
+        except DamagedClipError as error:
+            damages.append(error.damage)
+    raise _NothingReadableError
 
 
 def _this_worker() -> tuple[int, int]:

@@ -78,7 +78,6 @@ class ClipReader:
         self._silence_D = first.silence_D
         shards = [index.split(split) for index in self._sets]
         self.shard_counts = [[len(shard.clips) for shard in each] for each in shards]
-        self.shard_keys = [[[clip.key for clip in shard.clips] for shard in each] for each in shards]
         self._places = [
             _Place(k, shard, clip) for k, each in enumerate(shards) for shard in each for clip in shard.clips
         ]
@@ -95,6 +94,12 @@ class ClipReader:
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which opens its own files and decoders."""
         return {**self.__dict__, "_stores": None, "_media": None}
+
+    @property
+    def shard_keys(self) -> list[list[list[str]]]:
+        """Keys of the clips in each shard of each set."""
+        shards = (index.split(self._split) for index in self._sets)
+        return [[[clip.key for clip in shard.clips] for shard in each] for each in shards]
 
     def clips_of_same_set(self, clip: int) -> range:
         """Ids of all clips that come from the set of shards that this one is in."""

@@ -20,7 +20,7 @@ from avs_dist.shards.schema import MAX_CLIP_SECONDS, MAX_MEMBER_BYTES, SCHEMA_VE
 # Members of one clip by name (without the key): bytes, or views of the clip's segment.
 Members = Mapping[str, Any]
 
-_BLOCK = 512
+BLOCK = 512
 # what np.save writes before arrays of a few dimensions is shorter
 _MAX_NPY_HEADER = 512
 _MAX_JSON_BYTES = 2**20
@@ -134,4 +134,4 @@ def _tar_member(name: str, data: bytes) -> bytes:
     info = tarfile.TarInfo(name)  # mtime 0, uid and gid 0, empty user names
     info.size, info.mode = len(data), 0o644
     header = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
-    return header + data + b"\0" * (-len(data) % _BLOCK)
+    return header + data + b"\0" * (-len(data) % BLOCK)

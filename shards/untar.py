@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.schema import MAX_MEMBER_BYTES
+from avs_dist.shards.segment import BLOCK
 
-BLOCK = 512
 _FILE, _PAX = (b"0", b"\0"), b"x"
 _MAX_PAX_BYTES = 4096
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.frames import check_clip_bytes
+from avs_dist.shards.schema import MAX_IMAGE_SIZE
 from avs_dist.shards.segment import Members, member
 
 VIDEO = "video"
@@ -14,7 +15,6 @@ DECODERS = ("pyav", "decord")
 # Containers by the suffix of their members, under the names that FFmpeg has for them. A member is read as what it is
 # said to be and nothing else: FFmpeg's own guess could be a playlist that opens other files.
 CONTAINERS = {"mkv": "matroska", "mp4": "mp4", "avi": "avi", "ts": "mpegts"}
-_MAX_SIDE = 8192
 _MAX_AT = 2**62
 
 
@@ -69,8 +69,8 @@ def check_stored_video(facts: Any, seconds: int) -> None:
         if facts.get(key) not in known:
             raise ClipFault("schema", f"json: '{VIDEO}.{key}' must be one of {known}, got {facts.get(key)!r:.80}")
     size, at = facts.get("size"), facts.get("at")
-    if type(size) is not int or not 1 <= size <= _MAX_SIDE:
-        raise ClipFault("schema", f"json: '{VIDEO}.size' must be a side from 1 to {_MAX_SIDE}, got {size!r:.80}")
+    if type(size) is not int or not 1 <= size <= MAX_IMAGE_SIZE:
+        raise ClipFault("schema", f"json: '{VIDEO}.size' must be a side from 1 to {MAX_IMAGE_SIZE}, got {size!r:.80}")
     if not isinstance(at, list) or len(at) != seconds or not all(map(_is_place, at)) or at != sorted(at):
         message = f"json: '{VIDEO}.at' must be {seconds} ascending whole numbers, got {at!r:.80}"
         raise ClipFault("schema", message)
