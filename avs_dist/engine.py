@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from avs_dist import world
+from avs_dist import optimizer_state, world
 from avs_dist.clip import Clip
-from avs_dist.config import Config
+from avs_dist.config import Config, EngineConfig
 from avs_dist.optim import build_optimizer, lr_factor
 from avs_dist.sequences import Sequences
 from avs_dist.shards import plan
@@ -46,12 +46,20 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": micro_batch_size(config),
         "gradient_accumulation_steps": config.engine.grad_accumulation,
         "gradient_clipping": config.optim.clip_norm,
-        "bf16": {"enabled": config.engine.precision == "bf16"},
+        **_precision(config.engine),
         "zero_optimization": {"stage": config.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+
+
+def _precision(engine: EngineConfig) -> dict[str, Any]:
+    """In bf16 gradients are reduced in fp32, and their micro-batches summed in fp32, which ZeRO 0 does not offer."""
+    if engine.precision == "fp32":
+        return {}
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if engine.zero_stage > 0 else {}
+    return {"bf16": {"enabled": True}, "communication_data_type": "fp32", **sums}
 
 
 def stop() -> None:
@@ -135,13 +143,26 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
 
-    def save(self, folder: Path) -> None:
-        """Write the sharded training state (weights, optimiser) below `folder`; collective."""
-        self._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Copies, on the CPU, of what the optimiser of this rank remembers; see `optimizer_state.snapshot`."""
+        optimizer = self._engine.optimizer
+        if self.config.engine.zero_stage == 0 and not world.is_main():  # all ranks remember the same
+            return {}
+        held = optimizer_state.partitions(self.system, optimizer, world.rank())
+        return optimizer_state.snapshot(held, optimizer, masters=self.dtype != torch.float32)
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same world size and ZeRO stage; collective."""
-        self._engine.load_checkpoint(str(folder), tag="state")
+    def load_optimizer_state(self, folder: Path) -> None:
+        """Read what the optimisers of all ranks of a run remembered, whatever their number and ZeRO stage.
+
+        The weights must be those of the checkpoint already (`checkpoint.load_weights`, before the engine is made).
+
+        Raises:
+            ValueError: it is of another model or optimiser.
+        """
+        optimizer = self._engine.optimizer
+        held = optimizer_state.partitions(self.system, optimizer, world.rank())
+        stored = optimizer_state.StoredState(folder)
+        optimizer_state.restore(held, optimizer, stored, masters=self.dtype != torch.float32)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Copies of all weights and buffers of the system, unsharded, on the CPU in float32; collective, in order."""
@@ -182,7 +203,12 @@ def _wrap(system: System, config: Config) -> Any:
         raise RuntimeError(
             f"accelerate sees {accelerator.num_processes} processes, torch.distributed {dist.get_world_size()}"
         )
-    engine, _ = accelerator.prepare(system, build_optimizer(system, config.optim))
+    optimizer = build_optimizer(system, config.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # until the first step sets it
+    engine, _ = accelerator.prepare(system, optimizer)
+    # DeepSpeed's bf16 optimiser of ZeRO 0 has made a step of zero gradients, which Adam counts
+    optimizer.state.clear()
     return engine
 
 
