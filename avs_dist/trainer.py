@@ -17,6 +17,7 @@ from avs_dist.config import Config, to_dict
 from avs_dist.damage import REPORT_FILE, DamageLog, DataError, save_report
 from avs_dist.engine import Engine, stop
 from avs_dist.loader import TrainBatches
+from avs_dist.placement import placement
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
 from avs_dist.stored_audio import check_stored_audio
@@ -60,8 +61,9 @@ def _train(config: Config, device: torch.device) -> Path:
     batches = TrainBatches(config, index, done)
     if previous and (state := checkpoint.data_state(previous)):
         batches.load_state(state)
+    where = placement()
     if world.is_main():
-        print(engine.describe(), flush=True)
+        print(f"{engine.describe()}\n{where}", flush=True)
         if config.train.resume:
             print(f"resumed from {previous}" if previous else f"no checkpoint in {config.train.out_dir}: from step 0")
 
