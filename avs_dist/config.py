@@ -219,14 +219,18 @@ class EngineConfig:
         zero_stage: ZeRO stage: 0 none, 1 optimiser states, 2 + gradients, 3 + parameters are sharded over ranks.
         precision: Arithmetic of the network: fp32 or bf16 (losses stay in fp32).
         grad_accumulation: Micro-batches summed before a step; train.global_batch is split over them and the ranks.
+        timeout_s: Longest time that a rank waits for its next batch or is in one step; it waits a quarter longer for
+            other ranks. Then the run ends and says who waited for what. 0 = torch's limits for other ranks, none else.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accumulation: int = 1
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         at_least("engine.grad_accumulation", self.grad_accumulation, 1)
+        at_least("engine.timeout_s", self.timeout_s, 0)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Engine:
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._engine = _wrap(system, config)
         _check_engine(self._engine, config)
+        world.limit_waiting(config.engine.timeout_s)
 
     @property
     def system(self) -> System:

@@ -33,7 +33,7 @@ def train(config: Config) -> Path:
         RuntimeError: the loss became NaN or infinite (the last checkpoint is whole), or more clips than
             data.max_damaged are damaged (the steps done are in a checkpoint).
     """
-    device = world.start()
+    device = world.start(config.engine.timeout_s)
     try:
         return _train(config, device)
     finally:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+
+# a rank that has no batch in time can still tell the others before they give it up
+PATIENCE = 1.25
 
 
-def start() -> torch.device:
+def start(timeout_s: float = 0.0) -> torch.device:
     """Join the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     Without a launcher a group of one process is made, so that one code path serves all cases. Call `stop` at the end.
     Returns this rank's device: its own GPU, or the CPU.
+
+    Args:
+        timeout_s: engine.timeout_s, see `limit_waiting`.
     """
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -25,11 +33,24 @@ def start() -> torch.device:
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
     if not is_distributed():
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # the ranks may come at very different times: torch's default is the limit for that
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # one alone may be left over
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    limit_waiting(timeout_s)
     return device
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """Give up on another rank after PATIENCE times so long, in every process group there is; 0 changes nothing.
+
+    Groups that are made later wait as long as torch's default says (30 minutes, NCCL 10), whatever the first one does:
+    call this when all are there.
+    """
+    if timeout_s and world_size() > 1:
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s * PATIENCE), group)
 
 
 def stop() -> None:
