@@ -43,6 +43,11 @@ class ClipDraws:
         """Uniform float32 in [0,1), [B, *shape] on the CPU; the first rows do not depend on how many there are."""
         return self._stack([g.random(shape, dtype=np.float32) for g in self._generators(purpose)])
 
+    def numbers(self, purpose: str) -> Tensor:
+        """One random number of each clip, int64 [B] on the CPU, for draws on another device."""
+        low = [self._key(name, purpose) & (2**63 - 1) for name in self._keys]
+        return torch.tensor(low, dtype=torch.int64)
+
     def _stack(self, values: list[np.ndarray]) -> Tensor:
         return torch.from_numpy(np.stack(values))
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avs_dist.modules.dropout import ClipDropout
+
 FEED_FORWARD = 4  # hidden channels per channel
 TEMPERATURE = 10000.0
 
@@ -30,29 +32,37 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int, query_channels: int | None = None, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = dropout
+        self.dropout = ClipDropout(dropout)
         self.query = nn.Linear(query_channels or channels, channels)
         self.key = nn.Linear(channels, channels, bias=False)
         self.value = nn.Linear(channels, channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, query_NQD: Tensor, key_NPC: Tensor, value_NPC: Tensor, valid_NP: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query_NQD: Tensor,
+        key_NPC: Tensor,
+        value_NPC: Tensor,
+        valid_NP: Tensor | None = None,
+        draws_N: Tensor | None = None,
+    ) -> Tensor:
         """What each query gets of the values: [N,Q,C].
 
         Args:
             valid_NP: bool, the keys that count (None: all). Where none does, all do: the softmax needs one.
+            draws_N: see `ClipDropout`.
         """
         mask_N11P = None
         if valid_NP is not None:
             mask_N11P = (valid_NP | ~valid_NP.any(1, keepdim=True))[:, None, None]
-        query = self._split(self.query(query_NQD))
-        heard = F.scaled_dot_product_attention(
-            query,
-            self._split(self.key(key_NPC)),
-            self._split(self.value(value_NPC)),
-            attn_mask=mask_N11P,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        query, key, value = map(self._split, (self.query(query_NQD), self.key(key_NPC), self.value(value_NPC)))
+        if self.dropout.active:  # inside of torch's attention a process would draw for itself
+            score_NHQP = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            if mask_N11P is not None:
+                score_NHQP = score_NHQP.masked_fill(~mask_N11P, -math.inf)
+            heard = self.dropout(score_NHQP.softmax(-1), draws_N) @ value
+        else:
+            heard = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_N11P)
         return self.out(heard.transpose(1, 2).flatten(2))
 
     def _split(self, x_NPC: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from avs_dist.modules.attention import FEED_FORWARD, Attention
+from avs_dist.modules.dropout import ClipDropout
 
+PLACES = 4  # of dropout in a layer
 SQUEEZE = 8  # channels per hidden channel of the channel gate
 LEAST_SQUEEZED = 8  # with only a few hidden channels their ReLU might shut the gate for all inputs
 
@@ -42,11 +44,15 @@ class TemporalEncoder(nn.Module):
         self.project = None if in_channels is None else nn.Linear(in_channels, dim)
         self.layers = nn.ModuleList(PostNormLayer(dim, heads, dropout) for _ in range(layers))
 
-    def forward(self, x_BTC: Tensor, valid_BT: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,D]."""
+    def forward(self, x_BTC: Tensor, valid_BT: Tensor, draws_B: Tensor | None = None) -> Tensor:
+        """[B,T,C] -> [B,T,D].
+
+        Args:
+            draws_B: see `ClipDropout`.
+        """
         x_BTD = x_BTC if self.project is None else self.project(x_BTC)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, valid_BT)
+        for number, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, valid_BT, None if draws_B is None else draws_B + number * PLACES)
         return zero_padding(x_BTD, valid_BT)
 
 
@@ -62,14 +68,17 @@ class PostNormLayer(nn.Module):
         self.attention = Attention(channels, heads, dropout=dropout)
         self.attention_norm = nn.LayerNorm(channels)
         self.feed_forward = nn.Sequential(
-            nn.Linear(channels, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, channels)
+            nn.Linear(channels, hidden), nn.ReLU(), ClipDropout(dropout, 2), nn.Linear(hidden, channels)
         )
         self.norm = nn.LayerNorm(channels)
-        self.dropout = nn.Dropout(dropout)
+        self.heard_dropout, self.formed_dropout = ClipDropout(dropout, 1), ClipDropout(dropout, 3)
 
-    def forward(self, x_NPC: Tensor, valid_NP: Tensor) -> Tensor:
-        x_NPC = self.attention_norm(x_NPC + self.dropout(self.attention(x_NPC, x_NPC, x_NPC, valid_NP)))
-        return self.norm(x_NPC + self.dropout(self.feed_forward(x_NPC)))
+    def forward(self, x_NPC: Tensor, valid_NP: Tensor, draws_N: Tensor | None = None) -> Tensor:
+        heard_NPC = self.attention(x_NPC, x_NPC, x_NPC, valid_NP, draws_N)
+        x_NPC = self.attention_norm(x_NPC + self.heard_dropout(heard_NPC, draws_N))
+        widen, relu, dropout, narrow = self.feed_forward
+        formed_NPC = narrow(dropout(relu(widen(x_NPC)), draws_N))
+        return self.norm(x_NPC + self.formed_dropout(formed_NPC, draws_N))
 
 
 class VisualAttention(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from avs_dist import world
 from avs_dist.config import Config
+from avs_dist.draws import ClipDraws
 from avs_dist.modules.codebook import CodebookOutput, MultiModalCodebook
 from avs_dist.modules.conditional_gaussian import ConditionalGaussian
 from avs_dist.modules.cross_cpc import CrossPredictor
@@ -39,7 +40,7 @@ class UnicodeSystem(System):
     """Semantic vectors of every second of each modality, their codes, and the losses that make the codes agree.
 
     The codebook, and the networks of CLUB, learn in `loss_terms` in training mode, beside the optimiser. All draws
-    depend on seed and step alone; only dropout differs between ranks.
+    depend on seed, step and clip alone.
     """
 
     def __init__(self, config: Config, load_pretrained: bool = True) -> None:
@@ -97,7 +98,7 @@ class UnicodeSystem(System):
     def loss_terms(self, clip: Sequences, step: int) -> dict[str, Tensor]:
         """ "reconstruction", "commitment", "club", "cpc" and "align", those that have a weight (section 4.4)."""
         losses = self.config.loss.unicode
-        heard = self._hear(clip, self.modalities)
+        heard = self._hear(clip, self.modalities, step)
         coded = self.codebook(heard.semantic, heard.valid)
         terms = {
             "reconstruction": losses.reconstruction * self._reconstruction(heard, coded.quantised),
@@ -126,17 +127,25 @@ class UnicodeSystem(System):
                 for m, z_BTD in heard.semantic.items()
             }
 
-    def _hear(self, clip: Sequences, modalities: Sequence[str], specific: bool = True) -> Heard:
+    def _hear(
+        self, clip: Sequences, modalities: Sequence[str], step: int | None = None, specific: bool = True
+    ) -> Heard:
         inputs, semantic, private = {}, {}, {}
         for m in modalities:
             valid_BT = clip.valid[m]
             inputs[m] = self.inputs(m, clip)
             features_BTF = self._network(m).semantic_features(inputs[m].features, valid_BT)
             encoder = self.encoders["shared" if self.config.model.unicode.shared_encoder else m]
-            semantic[m] = encoder(self.projections[m](features_BTF), valid_BT)
+            semantic[m] = encoder(self.projections[m](features_BTF), valid_BT, self._draws(clip, m, step))
             if specific:
                 private[m] = self._network(m).specific(inputs[m].features, valid_BT)
         return Heard(inputs, {m: clip.valid[m] for m in modalities}, semantic, private)
+
+    def _draws(self, clip: Sequences, modality: str, step: int | None) -> Tensor | None:
+        if step is None or self.config.model.unicode.dropout == 0:
+            return None
+        numbers_B = ClipDraws(self.config.seed, step, clip.key).numbers(f"dropout/{modality}")
+        return numbers_B.to(clip.valid[modality].device, non_blocking=True)
 
     def _reconstruction(self, heard: Heard, quantised: Mapping[str, Tensor]) -> Tensor:
         """Sum over the modalities of the squared error, a mean over the numbers of a second (eq. 3)."""
