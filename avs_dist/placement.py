@@ -11,7 +11,7 @@ from avs_dist import world
 
 def placement() -> str:
     """One line like "ranks: 0-7 on node-a 10.0.0.1, 8-15 on node-b 10.0.0.2"; collective."""
-    hosts = world.gather_objects(f"{socket.gethostname()} {_address()}")
+    hosts = world.gather_objects(f"{socket.gethostname()} {_address()}".rstrip())
     groups = [[rank for rank, _ in group] for _, group in itertools.groupby(enumerate(hosts), lambda item: item[1])]
     spans = [f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}" for ranks in groups]
     return "ranks: " + ", ".join(f"{span} on {hosts[ranks[0]]}" for span, ranks in zip(spans, groups, strict=True))
@@ -25,5 +25,5 @@ def _address() -> str:
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(target)
             return probe.getsockname()[0]
-    except (KeyError, ValueError, OSError):  # no launcher
-        return "(one process)" if world.world_size() == 1 else "(address unknown)"
+    except (KeyError, ValueError, OSError):
+        return ""  # no launcher, so one process
