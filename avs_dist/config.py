@@ -242,6 +242,9 @@ class TrainConfig:
         global_batch: Clips per optimiser step, over all ranks and micro-batches.
         out_dir: Checkpoints, TensorBoard logs and metrics.jsonl go here.
         eval_every: Steps between evaluations (and checkpoints); 0 = only at the end.
+        save_every: Steps between checkpoints beside those of evaluations; 0 = none.
+        save_async: Write checkpoints while the training goes on; takes host memory for a copy of the state.
+        keep_last: Checkpoints that are kept, beside the best.
         log_every: Steps between log lines.
         resume: Continue from the last checkpoint in out_dir.
         init_from: Start from the weights of this checkpoint or run of the same model (MS3 from S4).
@@ -251,14 +254,18 @@ class TrainConfig:
     global_batch: int = 4
     out_dir: str = "runs/run"
     eval_every: int = 0
+    save_every: int = 0
+    save_async: bool = False
+    keep_last: int = 2
     log_every: int = 10
     resume: bool = False
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch", "log_every"):
+        for name in ("max_steps", "global_batch", "log_every", "keep_last"):
             at_least(f"train.{name}", getattr(self, name), 1)
-        at_least("train.eval_every", self.eval_every, 0)
+        for name in ("eval_every", "save_every"):
+            at_least(f"train.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)

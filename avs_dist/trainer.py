@@ -12,12 +12,13 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from avs_dist import checkpoint, world
+from avs_dist import checkpoint, resuming, world
 from avs_dist.config import Config, to_dict
 from avs_dist.damage import REPORT_FILE, DamageLog, DataError, save_report
 from avs_dist.engine import Engine, stop
 from avs_dist.loader import TrainBatches
 from avs_dist.placement import placement
+from avs_dist.saving import Saver
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
 from avs_dist.stored_audio import check_stored_audio
@@ -46,72 +47,76 @@ def _train(config: Config, device: torch.device) -> Path:
     task.check_data(index)
     previous = _previous_run(config)
     torch.manual_seed(config.seed)
-    init_from = None if previous else config.train.init_from
-    system = build_system(config, load_pretrained=init_from is None)
-    begin = previous or init_from
+    begin = previous or config.train.init_from
+    system = build_system(config, load_pretrained=begin is None)
     if begin:
         checkpoint.check_classes(begin, index.classes, config.data.shards)
-    facts: dict[str, Any] = {"image_size": index.image_size, "classes": index.classes, "best_by": task.best_by}
-    facts["word_vectors"] = _word_vectors(config, index, begin)
-    if init_from:
-        checkpoint.load_weights(system, init_from)
+    learnt = _word_vectors(config, index, begin)
+    facts = {"image_size": index.image_size, "classes": index.classes, "word_vectors": learnt}
+    if previous:
+        resuming.check_settings(previous, config, index.image_size)
+    if begin:
+        checkpoint.load_weights(system, begin)
     check_stored_audio(system, index)
     engine = Engine(system, config, device)
-    done = checkpoint.resume(engine, config, previous, index.image_size) if previous else 0
+    done = resuming.restore(engine, previous) if previous else 0
     batches = TrainBatches(config, index, done)
     if previous and (state := checkpoint.data_state(previous)):
         batches.load_state(state)
+    saver = Saver(engine, config, best_by=task.best_by, facts=facts, newest=previous)
     where = placement()
     if world.is_main():
         print(f"{engine.describe()}\n{where}", flush=True)
         if config.train.resume:
             print(f"resumed from {previous}" if previous else f"no checkpoint in {config.train.out_dir}: from step 0")
 
-    def save(metrics: dict[str, float]) -> Path:
-        return checkpoint.save(engine, config, step=done, metrics=metrics, data=batches.state(done), **facts)
-
-    def evaluate() -> Path:
+    def evaluate() -> None:
         metrics, codes = task.evaluate(engine)
         log.evaluation(done, metrics, codes)
-        return save(metrics)
+        saver.save(done, metrics, batches.state(done))
 
-    saved, saved_at = previous, done
     with RunLog(config, first_step=done) as log:
         try:
             if previous:
                 batches.recall(Path(config.train.out_dir))
-                if _due(done, config) and not checkpoint.is_measured(previous):
-                    saved = evaluate()
+                if _due(done, config.train.eval_every, config) and not checkpoint.is_measured(previous):
+                    evaluate()
             for micro_batches in batches:
                 log.damage(done, batches.damage, task.damage)
                 augmented = [task.augment(batch, done) for batch in micro_batches]
                 log.step(done, engine.train_step(augmented, done), engine.learning_rate(done))
                 done += 1
-                if _due(done, config):
-                    saved, saved_at = evaluate(), done
+                saver.poll()
+                if _due(done, config.train.eval_every, config):
+                    evaluate()
+                elif _due(done, config.train.save_every, config):
+                    saver.save(done, {}, batches.state(done))
         except DataError:  # on all ranks alike
-            if done > saved_at:
-                save({})
+            if done:
+                saver.save(done, {}, batches.state(done))
             raise
         finally:
             log.damage(done, batches.damage, task.damage)
-    if saved is None:
+        saver.finish()
+    if saver.failure is not None:
+        raise RuntimeError(f"the last checkpoint could not be written ({saver.failure}); newest: {saver.newest}")
+    if saver.newest is None:
         raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
     if world.is_main():
         if len(batches.damage):
             print(f"{batches.damage.summary()}: see {Path(config.train.out_dir) / REPORT_FILE}", flush=True)
-        print(f"checkpoint: {saved}", flush=True)
-    return saved
+        print(f"checkpoint: {saver.newest}", flush=True)
+    return saver.newest
 
 
 def _previous_run(config: Config) -> Path | None:
-    previous = checkpoint.last_checkpoint(config.train.out_dir)
-    if previous and not config.train.resume:
+    there = checkpoint.newest_first(checkpoint.root(config.train.out_dir))
+    if there and not config.train.resume:
         raise ValueError(
-            f"train.out_dir={config.train.out_dir} already holds {previous.name}: "
+            f"train.out_dir={config.train.out_dir} already holds {there[0].name}: "
             "continue with --train.resume true, or choose another folder"
         )
-    return previous
+    return resuming.newest_checkpoint(config.train.out_dir)
 
 
 def _word_vectors(config: Config, index: ShardIndex, begin: Path | str | None) -> str | None:
@@ -128,8 +133,8 @@ def _word_vectors(config: Config, index: ShardIndex, begin: Path | str | None) -
     return index.word_vectors or checkpoint.word_vectors(learnt_by)
 
 
-def _due(steps_done: int, config: Config) -> bool:
-    every = config.train.eval_every
+def _due(steps_done: int, every: int, config: Config) -> bool:
+    """Whether it is time for what is done every so many steps, and at the end."""
     return steps_done == config.train.max_steps or (every > 0 and steps_done % every == 0)
 
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import save_file
 from test_system_tpavi import make_clip, make_config
 
-from avs_dist.checkpoint import seal
 from avs_dist.clip import Clip
-from avs_dist.config import BackboneConfig, CodebookConfig, Config, QueryConfig, UnicodeConfig, to_dict
+from avs_dist.config import BackboneConfig, CodebookConfig, Config, QueryConfig, UnicodeConfig
+from avs_dist.saving import seal
 from avs_dist.systems import build_system
 from avs_dist.systems.base import System
 from avs_dist.systems.query import QuerySystem
@@ -54,7 +53,6 @@ def unicode_run(folder: Path, unicode: UnicodeConfig = UNICODE) -> UnicodeSystem
 def save_run(folder: Path, config: Config, system: System) -> None:
     folder.mkdir(parents=True)
     save_file({name: tensor.contiguous() for name, tensor in system.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     seal(folder, config, step=0, image_size=64, metrics={})
 
 

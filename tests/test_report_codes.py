@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from untrained import small_model, write_checkpoint
 
-from avs_dist.checkpoint import load_system, seal
+from avs_dist.checkpoint import load_system
 from avs_dist.code_usage_figure import measure_use
 from avs_dist.config import CodebookConfig, ModelConfig, UnicodeConfig
 from avs_dist.launch import shards, synth
 from avs_dist.launch.cli import run
 from avs_dist.loader import eval_loader
+from avs_dist.saving import seal
 from avs_dist.systems.unicode import UnicodeSystem
 
 CODES, CLIPS = 24, 40

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
-from avs_dist.checkpoint import seal
-from avs_dist.config import AudioConfig, BackboneConfig, Config, DataConfig, ModelConfig, NeckConfig, to_dict
+from avs_dist.config import AudioConfig, BackboneConfig, Config, DataConfig, ModelConfig, NeckConfig
+from avs_dist.saving import seal
 from avs_dist.systems import build_system
 
 
@@ -29,6 +28,5 @@ def write_checkpoint(folder: Path, model: ModelConfig, shards: Path | str = "sha
     torch.manual_seed(0)
     weights = build_system(config, load_pretrained=False).state_dict()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     seal(folder, config, step=0, image_size=64, metrics={})
     return folder

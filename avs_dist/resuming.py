@@ -1,0 +1,115 @@
+"""Going on from a checkpoint: which one, with which settings, and with all that the run remembered."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from avs_dist import checkpoint, world
+from avs_dist.checkpoint import STATE
+from avs_dist.config import Config, to_dict
+from avs_dist.engine import Engine
+
+# a run may be continued with other values of these; all others must be the same
+_FREE_TO_CHANGE = {
+    *(f"train.{name}" for name in ("out_dir", "max_steps", "eval_every", "log_every", "resume", "init_from")),
+    *(f"train.{name}" for name in ("save_every", "save_async", "keep_last", "max_nonfinite")),
+    *(f"engine.{name}" for name in ("zero_stage", "offload", "activation_checkpointing", "timeout_s")),
+    # its data go on at the very next clip, whatever the batches, and must be the same clips, wherever they are
+    *("train.global_batch", "engine.grad_accumulation", "data.shards", "data.workers"),
+    *("data.eval_split", "data.max_damaged", "data.video_deadline_s", "data.cache_dir", "data.cache_gb"),
+}
+
+
+def newest_checkpoint(out_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run whose files are all as they were written; collective.
+
+    Damaged ones are told, and set aside as damaged-step-N, so that they are neither taken nor counted again.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    root = checkpoint.root(out_dir)
+    folders: list[Path] = world.broadcast_object(checkpoint.newest_first(root) if world.is_main() else None)
+    skipped: list[tuple[Path, str]] = []
+    for folder in folders:
+        reason = _damage(folder)
+        if reason is None:
+            _set_aside(skipped)
+            return folder
+        skipped.append((folder, reason))
+    if skipped:
+        raise ValueError(
+            f"all checkpoints in {root} are damaged: {'; '.join(reason for _, reason in skipped)}. "
+            "Start in another train.out_dir, from the weights of another run with train.init_from"
+        )
+    return None
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything; the ranks share the reading."""
+    reason: str | None = None
+    try:
+        files = sorted(checkpoint.manifest(folder)["files"].items())
+        checkpoint.verify(folder, dict(files[world.rank() :: world.world_size()]))
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    return next(filter(None, world.gather_objects(reason)), None)
+
+
+def _set_aside(skipped: list[tuple[Path, str]]) -> None:
+    for folder, reason in skipped if world.is_main() else ():
+        aside = folder.with_name(f"damaged-{folder.name}")
+        tqdm.write(f"warning: {folder.name} is skipped, and kept as {aside.name}: {reason}", file=sys.stderr)
+        os.replace(folder, aside)
+    world.barrier()
+
+
+def check_settings(folder: Path, config: Config, image_size: int) -> None:
+    """Refuse to go on with settings that would make another run of it.
+
+    Raises:
+        ValueError: naming them.
+    """
+    there = {"image_size": checkpoint.image_size(folder), **_lasting(checkpoint.saved_config(folder))}
+    here = {"image_size": image_size, **_lasting(config)}
+    differ = [f"{key} {there[key]} there, {value} here" for key, value in here.items() if there[key] != value]
+    if differ:
+        raise ValueError(
+            f"{folder} was saved with other settings ({'; '.join(differ)}): "
+            f"continue with those in {folder / 'config.yaml'} or start in another train.out_dir"
+        )
+    if not (folder / STATE).is_dir():
+        raise ValueError(
+            f"{folder} has weights, but not what the optimiser remembers in a form that can be read (it is exported, "
+            "or of an earlier version): start a new run from its weights with train.init_from"
+        )
+
+
+def restore(engine: Engine, folder: Path) -> int:
+    """Give the optimiser what it remembered, whatever the ranks and ZeRO stage were; returns the steps done.
+
+    The weights must be those of the checkpoint already.
+    """
+    engine.load_optimizer_state(folder / STATE)
+    return int(checkpoint.manifest(folder)["step"])
+
+
+def _lasting(config: Config) -> dict[str, Any]:
+    """The settings that must stay the same over a resume, by their dotted names."""
+    values = to_dict(config)
+    values["data"].pop("mixture")  # its keys are places
+    return {key: value for key, value in _flat(values) if key not in _FREE_TO_CHANGE}
+
+
+def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
