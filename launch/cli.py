@@ -28,6 +28,7 @@ COMMANDS = {
     "ablations": "the ablation tables of the papers at toy scale",
     "demo": "all of these in a row, on synthetic clips and a real film",
     "bench": "time the hot spots against their references",
+    "doctor": "look at this machine, or at all hosts of a cluster, before a training does",
 }
 
 
