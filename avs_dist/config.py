@@ -221,15 +221,23 @@ class EngineConfig:
         grad_accumulation: Micro-batches summed before a step; train.global_batch is split over them and the ranks.
         timeout_s: Longest time that a rank waits for its next batch or is in one step; it waits a quarter longer for
             other ranks. Then the run ends and says who waited for what. 0 = torch's limits for other ranks, none else.
+        offload: "optimizer" keeps masters and moments in the memory of the host, and updates the weights there; for
+            ZeRO 1 to 3.
+        activation_checkpointing: Keep no activations inside the blocks of the backbone, but compute them again in the
+            backward pass: less memory, a second forward pass of the backbone, the same numbers.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     grad_accumulation: int = 1
     timeout_s: float = 600.0
+    offload: Literal["none", "optimizer"] = "none"
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         at_least("engine.grad_accumulation", self.grad_accumulation, 1)
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"engine.offload={self.offload} needs engine.zero_stage 1, 2 or 3")
         at_least("engine.timeout_s", self.timeout_s, 0)
 
 

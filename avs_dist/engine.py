@@ -26,6 +26,9 @@ from avs_dist.sequences import Sequences
 from avs_dist.shards import plan
 from avs_dist.systems.base import Encoded, LatentCodes, Prediction, System
 
+# elements of a gradient bucket; DeepSpeed's own 5e8 reserve 2 GB in fp32, more than the weights of these models
+REDUCE_BUCKET = 25_000_000
+
 
 def micro_batch_size(config: Config) -> int:
     """Clips that one rank handles at a time.
@@ -47,7 +50,7 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": config.engine.grad_accumulation,
         "gradient_clipping": config.optim.clip_norm,
         **_precision(config.engine),
-        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_optimization": _zero(config.engine),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -60,6 +63,13 @@ def _precision(engine: EngineConfig) -> dict[str, Any]:
         return {}
     sums = {"data_types": {"grad_accum_dtype": "fp32"}} if engine.zero_stage > 0 else {}
     return {"bf16": {"enabled": True}, "communication_data_type": "fp32", **sums}
+
+
+def _zero(engine: EngineConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
+    if engine.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return zero
 
 
 def stop() -> None:
@@ -79,6 +89,8 @@ class Engine:
         self.config = config
         self.device = device
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        if config.engine.activation_checkpointing:
+            _recompute_activations(system, config.engine.zero_stage)
         self._engine = _wrap(system, config)
         _check_engine(self._engine, config)
         world.limit_waiting(config.engine.timeout_s)
@@ -218,6 +230,17 @@ def _launcher_environment() -> None:
     facts = {"LOCAL_RANK": world.local_rank(), "RANK": world.rank(), "WORLD_SIZE": world.world_size()}
     for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **facts}.items():
         os.environ.setdefault(name, str(value))
+def _recompute_activations(system: System, zero_stage: int) -> None:
+    blocks = system.recompute_activations()
+    if zero_stage == 3:
+        from deepspeed.utils import set_z3_leaf_module
+
+        # a block's weights come and go together; else the second run would give those away that the backward pass,
+        # in the middle of which it happens, still needs
+        for block in blocks:
+            set_z3_leaf_module(block, True)
+
+
 
 
 def _check_engine(engine: Any, config: Config) -> None:

@@ -104,7 +104,7 @@ def test_schedule() -> None:
 
 def test_deepspeed_settings_are_derived_and_batches_must_divide() -> None:
     settings = deepspeed_config(_config(3, accumulation=2, clip_norm=0.5))
-    assert settings["zero_optimization"] == {"stage": 3}
+    assert settings["zero_optimization"]["stage"] == 3
     assert settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_clipping"] == 0.5
     with pytest.raises(ValueError, match=r"train\.global_batch.*4 cannot be divided by 3"):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avs_dist.kernels.moments import Moments, merge_ranks, update_running
+from avs_dist.modules.recompute import recomputing
 from avs_dist.world import all_reduce_sum, world_size
 
 
@@ -34,7 +35,8 @@ class WorldBatchNorm2d(RunningStatistics, nn.BatchNorm2d):
     """nn.BatchNorm2d whose training moments are those of all ranks (K ranks x b equals one rank x K b).
 
     torch's SyncBatchNorm does the same on CUDA only. On one process this is the native batch normalisation. `drop`
-    and `act` follow it, for timm's fused norm-activation layers.
+    and `act` follow it, for timm's fused norm-activation layers. Activation checkpointing runs it twice on a batch: the
+    running statistics move the first time.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
@@ -50,8 +52,8 @@ class WorldBatchNorm2d(RunningStatistics, nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         weight_C, bias_C = self.weight.to(self.running_mean.dtype), self.bias.to(self.running_mean.dtype)
-        momentum = 0.0
-        if self.training:
+        momentum, tracked = 0.0, self.training and not recomputing()
+        if tracked:
             self.num_batches_tracked += 1
             momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
         if not self.training or world_size() == 1:
@@ -61,7 +63,8 @@ class WorldBatchNorm2d(RunningStatistics, nn.BatchNorm2d):
         var_C, mean_C = torch.var_mean(x, (0, 2, 3), correction=0)
         num_pixels = mean_C.new_tensor(float(x.numel() // x.shape[1]))
         moments = merge_ranks(Moments(num_pixels, mean_C, var_C), all_reduce_sum)
-        update_running(self.running_mean, self.running_var, moments, momentum)
+        if tracked:
+            update_running(self.running_mean, self.running_var, moments, momentum)
         scale_C = weight_C * torch.rsqrt(moments.var_C + self.eps)
         shift_C = bias_C - moments.mean_C * scale_C
         out_NCHW = torch.addcmul(shift_C.view(1, -1, 1, 1), x, scale_C.view(1, -1, 1, 1))

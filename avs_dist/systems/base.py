@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from avs_dist.clip import Clip
 from avs_dist.gaussian import Gaussian, Mixture
+from avs_dist.modules.backbone import Backbone
+from avs_dist.modules.recompute import recompute_blocks
 
 Query = Literal["audio", "text"]
 
@@ -111,6 +113,24 @@ class System(nn.Module, ABC):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimiser groups; parameters without gradient (frozen encoders) are left out."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def recompute_activations(self) -> list[nn.Module]:
+        """Have the blocks of the backbones that learn keep no activations (engine.activation_checkpointing).
+
+        Returns:
+            The blocks.
+
+        Raises:
+            ValueError: there are none.
+        """
+        backbones = [module for module in self.modules() if isinstance(module, Backbone)]
+        learning = [backbone for backbone in backbones if any(p.requires_grad for p in backbone.parameters())]
+        blocks = [block for backbone in learning for block in recompute_blocks(backbone)]
+        if not blocks:
+            raise ValueError(
+                f"engine.activation_checkpointing: {type(self).__name__} has no backbone made of blocks; leave it off"
+            )
+        return blocks
 
     def forward(self, method: Literal["loss_terms", "predict", "latents", "encode"], *args: Any) -> Any:
         """Run a method through __call__, where DeepSpeed's hooks gather sharded parameters."""
