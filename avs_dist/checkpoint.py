@@ -3,14 +3,16 @@
 <out_dir>/checkpoints/step-000600/  manifest.json  config.yaml  model.safetensors  state/ (what the optimiser remembers)
 <out_dir>/checkpoints/last.json, best.json          {"folder": "step-000600", ...}
 
-The manifest, written last, has the config and lists all files with sizes and hashes; a folder without one is not a
-checkpoint. Nothing in it is a pickle. A folder that `avs-dist export` wrote (config.json in the place of the manifest)
-is read alike. config.yaml is for people.
+The manifest, written last, has the config and lists all files with sizes and hashes, also its own; a folder without one
+is not a checkpoint. Nothing in it is a pickle. A folder that `avs-dist export` wrote (config.json in the place of the
+manifest, which may be edited) is read alike. config.yaml is for people.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 STATE = "state"
 EXPORTED = "config.json"  # the manifest of an exported checkpoint
+FORMAT = 2  # of the manifest; 1 was not told
+_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 def root(out_dir: str | Path) -> Path:
@@ -55,8 +59,13 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def newest_first(root: Path) -> list[Path]:
     """The checkpoints in a folder, as far as they look whole."""
-    whole = [path for path in root.glob("step-*") if (path / MANIFEST).is_file()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return [path for path in step_folders(root) if (path / MANIFEST).is_file()]
+
+
+def step_folders(root: Path) -> list[Path]:
+    """The folders of checkpoints, the newest first, with a manifest or without."""
+    steps = [(int(found[1]), path) for path in root.glob("step-*") if (found := _STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def load_weights(system: System, checkpoint: str | Path) -> None:
@@ -104,9 +113,26 @@ def manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; use another checkpoint") from error
     missing = [name for name in ("files", "config") if not isinstance(found, dict) or name not in found]
+    if not missing and WEIGHTS not in found["files"]:
+        missing = [f"{WEIGHTS} among its files"]
     if missing:
         raise ValueError(f"{path} is not the manifest of a checkpoint: it has no {' and no '.join(missing)}")
+    sealed = path.name == MANIFEST and ("format" in found or "sha256" in found)  # those of format 1 are not
+    if sealed and found.pop("sha256", None) != _hash(found):
+        raise ValueError(f"{path} is damaged: its sha256 differs from the one in it; use another checkpoint")
+    if found.get("format", 1) not in range(1, FORMAT + 1):
+        raise ValueError(f"{path} is of format {found['format']}, known is {FORMAT}: update avs_dist")
     return found
+
+
+def sealed_manifest(facts: dict[str, Any]) -> str:
+    """The text of a manifest, with its format and its own hash."""
+    sealed = {**facts, "format": FORMAT}
+    return json.dumps({**sealed, "sha256": _hash(sealed)}, indent=1) + "\n"
+
+
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -124,10 +150,17 @@ def verify(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def pointed(pointer: Path) -> Path | None:
-    """Folder that last.json or best.json names, if it is (still) there."""
+    """Folder that last.json or best.json names, if it is (still) there.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     if not pointer.is_file():
         return None
-    folder = pointer.parent / json.loads(pointer.read_text())["folder"]
+    try:
+        folder = pointer.parent / Path(json.loads(pointer.read_text())["folder"]).name
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{pointer} is damaged: name the folder of a checkpoint beside it") from error
     return folder if (folder / MANIFEST).is_file() else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from avs_dist import checkpoint, world
-from avs_dist.checkpoint import STATE
+from avs_dist.checkpoint import MANIFEST, STATE
 from avs_dist.config import Config, to_dict
 from avs_dist.engine import Engine
 
@@ -35,7 +36,7 @@ def newest_checkpoint(out_dir: str | Path) -> Path | None:
         ValueError: there are checkpoints, and all are damaged.
     """
     root = checkpoint.root(out_dir)
-    folders: list[Path] = world.broadcast_object(checkpoint.newest_first(root) if world.is_main() else None)
+    folders: list[Path] = world.broadcast_object(checkpoint.step_folders(root) if world.is_main() else None)
     skipped: list[tuple[Path, str]] = []
     for folder in folders:
         reason = _damage(folder)
@@ -55,6 +56,8 @@ def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, if anything; the ranks share the reading."""
     reason: str | None = None
     try:
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(f"{folder} has no {MANIFEST}")
         files = sorted(checkpoint.manifest(folder)["files"].items())
         checkpoint.verify(folder, dict(files[world.rank() :: world.world_size()]))
     except (ValueError, OSError) as error:
@@ -64,7 +67,8 @@ def _damage(folder: Path) -> str | None:
 
 def _set_aside(skipped: list[tuple[Path, str]]) -> None:
     for folder, reason in skipped if world.is_main() else ():
-        aside = folder.with_name(f"damaged-{folder.name}")
+        names = (f"damaged-{folder.name}{again}" for again in ("", *(f"-{number}" for number in itertools.count(2))))
+        aside = next(path for path in map(folder.with_name, names) if not path.exists())
         tqdm.write(f"warning: {folder.name} is skipped, and kept as {aside.name}: {reason}", file=sys.stderr)
         os.replace(folder, aside)
     world.barrier()

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from avs_dist import checkpoint, world
-from avs_dist.checkpoint import MANIFEST, STATE, WEIGHTS, pointed
+from avs_dist.checkpoint import MANIFEST, STATE, WEIGHTS
 from avs_dist.config import Config, config_hash, to_dict
 from avs_dist.engine import Engine
 from avs_dist.shards.files import sha256_of, sync_directory, write_text
@@ -50,15 +50,15 @@ class Saver:
         self.newest = newest  # whole checkpoint
         self.failure: str | None = None  # why the last save failed
         if world.is_main():
-            for left_over in self._root.glob(".step-*.partial"):
-                shutil.rmtree(left_over)
+            for left_over in self._root.glob(".*.partial"):  # a folder, or a pointer
+                left_over.unlink() if left_over.is_file() else shutil.rmtree(left_over, ignore_errors=True)
 
     def save(self, step: int, metrics: dict[str, float], data: StreamState) -> None:
         """Write the checkpoint of `step`; with train.save_async the files are written while the training goes on."""
         self.finish()
         newest = self.newest
         if newest and newest.name == _name(step):
-            if metrics and (failure := _on_main(lambda: self._add_metrics(newest, step, metrics))):
+            if metrics and (failure := _on_main(lambda: self._add_metrics(newest, metrics))):
                 _warn(f"the measures of {newest} could not be noted ({failure}); make room")
             return
         token = world.broadcast_object(secrets.token_hex(4))
@@ -92,6 +92,8 @@ class Saver:
         self.failure = failure or _on_main(lambda: self._publish(pending, files))
         if self.failure is None:
             self.newest = self._root / _name(pending.step)
+            if reason := _on_main(self._point_and_prune):
+                _warn(f"{self.newest} is written, but not pointed to ({reason}); make room")
         elif world.is_main():
             shutil.rmtree(pending.staging, ignore_errors=True)
             kept = f"{self.newest} stays the newest" if self.newest else "there is none yet"
@@ -99,6 +101,9 @@ class Saver:
 
     def _publish(self, pending: _Save, files: Files) -> None:
         """Make the checkpoint visible (rank 0, once all files of all ranks are on disk)."""
+        for name in files:
+            if not (pending.staging / name).is_file():
+                raise OSError(f"{name} is not seen here: train.out_dir must be where all hosts have the same files")
         with open(pending.staging / "config.yaml", "w", encoding="utf-8") as file:
             yaml.safe_dump(to_dict(self._config), file, sort_keys=False)
         files["config.yaml"] = _flushed(pending.staging / "config.yaml")
@@ -107,27 +112,28 @@ class Saver:
         shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
         os.replace(pending.staging, final)
         sync_directory(self._root)
-        self._point(final, pending.step, pending.facts["metrics"])
-        self._prune()
+        sync_directory(self._root.parent)
 
-    def _add_metrics(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
+    def _add_metrics(self, folder: Path, metrics: dict[str, float]) -> None:
         """Note the measures of a checkpoint that was saved without any."""
-        _write_json(
-            folder / MANIFEST, {**checkpoint.manifest(folder), "config": to_dict(self._config), "metrics": metrics}
-        )
-        self._point(folder, step, metrics)
+        changed = {"config": to_dict(self._config), "config_hash": config_hash(self._config), "metrics": metrics}
+        write_text(folder / MANIFEST, checkpoint.sealed_manifest({**checkpoint.manifest(folder), **changed}))
+        self._point_and_prune()
 
-    def _point(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
-        entry = {"folder": folder.name, "step": step, **metrics}
-        best, by = self._root / "best.json", self._best_by
-        if by in metrics and (pointed(best) is None or json.loads(best.read_text()).get(by, -1.0) <= metrics[by]):
-            _write_json(best, entry)
-        _write_json(self._root / "last.json", entry)
+    def _point_and_prune(self) -> None:
+        """Point to the newest and the best checkpoint; keep the best and the newest train.keep_last.
 
-    def _prune(self) -> None:
-        """Keep the newest train.keep_last checkpoints, and the best."""
-        kept = [pointed(self._root / "best.json"), *checkpoint.newest_first(self._root)[: self._config.train.keep_last]]
-        for folder in checkpoint.newest_first(self._root):
+        What the manifests say counts, so pointers that were lost or damaged come right again.
+        """
+        whole = {folder: facts for folder in checkpoint.newest_first(self._root) if (facts := _facts(folder))}
+        measured = [folder for folder, facts in whole.items() if self._best_by in facts["metrics"]]
+        best = max(measured, key=lambda folder: whole[folder]["metrics"][self._best_by], default=None)
+        for pointer, folder in {"best.json": best, "last.json": next(iter(whole), None)}.items():
+            if folder is not None:
+                entry = {"folder": folder.name, "step": whole[folder]["step"], **whole[folder]["metrics"]}
+                write_text(self._root / pointer, json.dumps(entry, indent=1) + "\n")
+        kept = [best, *list(whole)[: self._config.train.keep_last]]
+        for folder in checkpoint.step_folders(self._root):
             if folder not in kept:
                 # without its manifest first: what is half deleted must not pass for a checkpoint
                 (folder / MANIFEST).unlink(missing_ok=True)
@@ -150,7 +156,7 @@ class _Save(threading.Thread):
             for name, tensors in self._contents.items():
                 path = self.staging / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                save_file(tensors, path)
+                write_tensors(path, tensors)
                 self.files[name] = _flushed(path)
                 sync_directory(path.parent)
         except Exception as error:  # whatever it is, the other ranks must hear of it
@@ -176,7 +182,22 @@ def seal(folder: Path, config: Config, files: Files | None = None, **facts: Any)
         "torch": torch.__version__,
         "files": files,
     }
-    _write_json(folder / MANIFEST, manifest)
+    write_text(folder / MANIFEST, checkpoint.sealed_manifest(manifest))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; the library's own are for nobody but their owner to read."""
+    save_file(tensors, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    """The manifest, where it can be read and is complete."""
+    try:
+        facts = checkpoint.manifest(folder)
+    except (ValueError, OSError):
+        return None
+    return facts if "metrics" in facts and "step" in facts else None
 
 
 def _flushed(path: Path) -> dict[str, Any]:
@@ -192,8 +213,8 @@ def _on_main(write: Callable[[], None]) -> str | None:
     if world.is_main():
         try:
             write()
-        except OSError as error:
-            failure = f"rank 0: {error}"
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            failure = f"rank 0: {type(error).__name__}: {error}"
     return world.broadcast_object(failure)
 
 
@@ -208,7 +229,3 @@ def _name(step: int) -> str:
 
 def _rank_file() -> str:
     return f"rank-{world.rank():05d}-of-{world.world_size():05d}.safetensors"
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
