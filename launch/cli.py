@@ -9,6 +9,7 @@ avs-dist <command> [options]        avs-dist <command> --help
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import importlib
 import linecache
@@ -16,6 +17,8 @@ import os
 import re
 import sys
 from typing import NoReturn
+
+from avs_dist import output
 
 COMMANDS = {
     "synth": "make a synthetic benchmark of real media files",
@@ -70,6 +73,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: str, argv: list[str] | None = None) -> int:
     """Run one command; what the user can fix is one line on stderr and exit code 2."""
+    # a training goes on, or saves and tells by its exit code, whether or not somebody still reads what it prints
+    with output.optional() if command == "train" else contextlib.nullcontext():
+        return _run(command, argv)
+
+
+def _run(command: str, argv: list[str] | None) -> int:
     module = importlib.import_module(f"avs_dist.launch.{command}")
     try:
         return module.main(argv)
