@@ -52,6 +52,8 @@ class Saver:
         if world.is_main():
             for left_over in self._root.glob(".*.partial"):  # a folder, or a pointer
                 left_over.unlink() if left_over.is_file() else shutil.rmtree(left_over, ignore_errors=True)
+        if newest:  # which a kill may have kept from being pointed to
+            self._settle()
 
     def save(self, step: int, metrics: dict[str, float], data: StreamState) -> None:
         """Write the checkpoint of `step`; with train.save_async the files are written while the training goes on."""
@@ -92,12 +94,15 @@ class Saver:
         self.failure = failure or _on_main(lambda: self._publish(pending, files))
         if self.failure is None:
             self.newest = self._root / _name(pending.step)
-            if reason := _on_main(self._point_and_prune):
-                _warn(f"{self.newest} is written, but not pointed to ({reason}); make room")
+            self._settle()
         elif world.is_main():
             shutil.rmtree(pending.staging, ignore_errors=True)
             kept = f"{self.newest} stays the newest" if self.newest else "there is none yet"
             _warn(f"the checkpoint of step {pending.step} could not be written ({self.failure}): {kept}; make room")
+
+    def _settle(self) -> None:
+        if reason := _on_main(self._point_and_prune):
+            _warn(f"{self.newest} is written, but not pointed to ({reason}); make room")
 
     def _publish(self, pending: _Save, files: Files) -> None:
         """Make the checkpoint visible (rank 0, once all files of all ranks are on disk)."""
