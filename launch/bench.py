@@ -5,6 +5,10 @@
     python launch/bench.py kernels --markdown measured.md      from a plain checkout with torch, triton and numpy
     avs-dist bench models                                      whole networks: parameters and time of a prediction
     avs-dist bench loader --help                               how fast clips are read; its own options
+    avs-dist bench parity --help                               several ranks against one process; its own options
+    avs-dist bench kills --help                                a training killed at random moments; its own options
+    avs-dist bench memory --help                               bytes held and sent by each ZeRO stage; its own options
+    avs-dist bench scaling --help                              a model of the step time on 1 to 1,024 GPUs; likewise
 
 Before a hot spot is timed its outputs and gradients are compared with the truth in float64; a wrong result is not
 timed, and the exit code is 1. On a CPU each case runs in a fresh process, so that its peak memory is its own.
@@ -13,6 +17,7 @@ timed, and the exit code is 1. On a CPU each case runs in a fresh process, so th
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shlex
 import sys
@@ -33,6 +38,7 @@ from avs_dist.launch.benchmarks.workers import Worker
 from avs_dist.launch.cli import OneLineErrors, run
 from avs_dist.shards.files import write_text
 
+OWN_OPTIONS = ("loader", "parity", "kills", "memory", "scaling")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -42,10 +48,8 @@ class Parser(OneLineErrors, argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["loader"]:
-        from avs_dist.launch.benchmarks import loader  # a bare GPU host has nothing that it needs
-
-        return loader.main(argv[1:])
+    if argv and argv[0] in OWN_OPTIONS:  # imported here, as a bare GPU host has nothing that they need
+        return importlib.import_module(f"avs_dist.launch.benchmarks.{argv[0]}").main(argv[1:])
     args = _parser().parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from avs_dist.launch.benchmarks.report import table
+
 Row = dict[str, Any]
 PARTS = ("rate", "video", "workers", "memory", "start")
 
@@ -38,7 +40,7 @@ def _rate(rows: Sequence[Row]) -> list[str]:
         "differ where other programs run). Ours delivers frames as uint8, to be normalised where the network is; "
         "`normalised` does that in the same process, as the literal loader does."
     )
-    return ["### rate", text, _table(cells)]
+    return ["### rate", text, table(cells)]
 
 
 def _video(rows: Sequence[Row]) -> list[str]:
@@ -55,7 +57,7 @@ def _video(rows: Sequence[Row]) -> list[str]:
         "collation. Raw: decord.VideoReader of the same bytes as a file, get_batch of the wanted frames, resized to "
         "the same size, in one process."
     )
-    return ["### video", text, _table(cells)]
+    return ["### video", text, table(cells)]
 
 
 def _workers(rows: Sequence[Row]) -> list[str]:
@@ -64,7 +66,7 @@ def _workers(rows: Sequence[Row]) -> list[str]:
     for frames in dict.fromkeys(row["frames"] for row in rows):
         by_number = {row["workers"]: _spread(row) for row in rows if row["frames"] == frames}
         cells.append([frames, *(by_number.get(number, "-") for number in numbers)])
-    return ["### workers", "Clips/s that reach the training process.", _table(cells)]
+    return ["### workers", "Clips/s that reach the training process.", table(cells)]
 
 
 def _memory(rows: Sequence[Row]) -> list[str]:
@@ -72,7 +74,7 @@ def _memory(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         first, last = row["resident_mib"][0], row["resident_mib"][-1]
         cells.append([row["label"], f"{row['clips']:,}", f"{first:.0f}", f"{last:.0f}", f"{last / first - 1:+.1%}"])
-    return ["### memory", "Resident memory of the process and its children.", _table(cells)]
+    return ["### memory", "Resident memory of the process and its children.", table(cells)]
 
 
 def _start(rows: Sequence[Row]) -> list[str]:
@@ -82,7 +84,7 @@ def _start(rows: Sequence[Row]) -> list[str]:
         f"{rows[0]['position']:,} clips; the state has {rows[0]['state_bytes']} bytes. The clock starts when Python "
         "and the library are loaded; a loading process has to load them itself."
     )
-    return ["### start and resume", text, _table(cells)]
+    return ["### start and resume", text, table(cells)]
 
 
 def _spread(row: Row, key: str = _PER_S, digits: int = 1) -> str:
@@ -95,8 +97,3 @@ def _spread(row: Row, key: str = _PER_S, digits: int = 1) -> str:
 
 def _times(rate: float, other: float | None) -> str:
     return "-" if other is None else f"{rate / other:.2f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

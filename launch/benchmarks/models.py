@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from avs_dist.launch.benchmarks import timing
-from avs_dist.launch.benchmarks.report import ROOT
+from avs_dist.launch.benchmarks.report import ROOT, table
 
 if TYPE_CHECKING:  # a bare GPU host has nothing that these need
     from avs_dist.clip import Clip
@@ -150,7 +150,7 @@ def _parameter_table(measured: list[tuple[Model, dict[str, Any]]]) -> str:
         cells = [*(_millions(parts[part]) for part in counted), _millions(ours), f"{model.published_m:.2f}"]
         cells += [f"{ours / 1e6 / model.published_m - 1:+.1%}", _millions(ours + parts[UNUSED])]
         rows.append([model.label, *cells])
-    return _table(rows)
+    return table(rows)
 
 
 def _time_table(measured: list[tuple[Model, dict[str, Any]]]) -> str:
@@ -158,7 +158,7 @@ def _time_table(measured: list[tuple[Model, dict[str, Any]]]) -> str:
     for model, result in measured:
         spread = [f"{result['ms'][name]:.1f}" for name in ("p20", "p50", "p80")]
         rows.append([model.label, *spread, "-" if model.published_ms is None else f"{model.published_ms:g}"])
-    return _table(rows)
+    return table(rows)
 
 
 def as_json(facts: dict[str, Any], rows: list[tuple[Model, dict[str, Any]]]) -> dict[str, Any]:
@@ -167,8 +167,3 @@ def as_json(facts: dict[str, Any], rows: list[tuple[Model, dict[str, Any]]]) -> 
 
 def _millions(number: int) -> str:
     return f"{number / 1e6:.2f}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,12 @@ def _factor(speedup: float | None) -> str:
     if speedup is None:
         return "-"
     return f"{speedup:.3g}x" if speedup >= 1 else f"**{speedup:.2f}x**"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown of rows of cells, the first is the head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def _line(cells: list[str]) -> str:
