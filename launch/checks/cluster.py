@@ -53,11 +53,11 @@ def examine(hosts: Sequence[Host], options: Options, master_addr: str | None, li
     for name, answer in found.items():
         rows[name] = _failed("checks", answer) if isinstance(answer, HostError) else [from_dict(row) for row in answer]
     alive = [host for host in alive if not isinstance(found[host.name], HostError)]
-    together = [_clocks({host.name: offsets[host.name] for host in alive})] if alive else []
+    together = [clocks({host.name: offsets[host.name] for host in alive})] if alive else []
     facts = each(alive, lambda host: host.ask("facts", QUICK_S + limit_s, shards=options.shards))
     for host in alive:
         answer = facts[host.name]
-        rows[host.name] += _failed("facts", answer) if isinstance(answer, HostError) else _slots(host, answer["gpus"])
+        rows[host.name] += _failed("facts", answer) if isinstance(answer, HostError) else slots(host, answer["gpus"])
     alive = [host for host in alive if not isinstance(facts[host.name], HostError)]
     if len(alive) > 1:
         together += agreement({host.name: facts[host.name]["same"] for host in alive})
@@ -75,7 +75,7 @@ def _failed(name: str, error: HostError) -> list[Row]:
     return [Row(FAIL, name, str(error), "see the same command on that host: avs-dist doctor")]
 
 
-def _slots(host: Host, gpus: int) -> list[Row]:
+def slots(host: Host, gpus: int) -> list[Row]:
     """The hostfile's number of ranks against the GPUs that are there."""
     if gpus == 0:
         return [Row(OK, "slots", f"{host.slots}, on processors")]
@@ -100,7 +100,7 @@ def clock_offset(host: Host, limit_s: float) -> float:
     return best[1]
 
 
-def _clocks(offsets: dict[str, float]) -> Row:
+def clocks(offsets: dict[str, float]) -> Row:
     spread = max(offsets.values()) - min(offsets.values())
     if spread < MOST_OFFSET_S:
         return Row(OK, "clocks", f"at most {spread * 1e3:.0f} ms apart")

@@ -37,12 +37,12 @@ if (($# == 0)); then
   exit 2
 fi
 
-stopping=false child=""
+stopping=false told=false child=""
 
 say() { echo "restart.sh: $*" >&2; }
 
 stop() {
-  stopping=true
+  stopping=true told=true
   # a launcher may die of the signal without telling its ranks, so all get it
   [[ -z $child ]] || kill -TERM -- "-$child" 2>/dev/null
 }
@@ -55,9 +55,10 @@ run() {
   set +m
   ! $stopping || stop # the signal came before there was somebody to tell
   while :; do
+    told=false
     wait "$child"
     code=$?
-    kill -0 "$child" 2>/dev/null || break # else a signal ended the wait, not the child
+    $told || break # else a signal ended the wait; bash still has the child's code
   done
   # ranks may still be saving when their launcher is gone
   while $stopping && kill -0 -- "-$child" 2>/dev/null; do sleep 0.2; done

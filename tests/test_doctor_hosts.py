@@ -1,0 +1,200 @@
+"""The doctor on many hosts: over a real sshd, and with agents that stand for hosts in trouble."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avs_dist.launch.checks import cluster, hosts
+from avs_dist.launch.checks.collective import free_port
+from avs_dist.launch.checks.rows import FAIL, OK, WARN, Options
+
+ROOT = Path(__file__).resolve().parents[1]
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+AGENT = [sys.executable, "-m", "avs_dist.launch.checks.agent"]
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> Iterator[Path]:
+    """Configuration of ssh with which this machine is reached under any name but "dead"."""
+    if SSHD is None or shutil.which("ssh") is None:
+        pytest.skip("no sshd and ssh here")
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd asks root for it
+    for key in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key], check=True)
+    port = free_port()
+    server = {"Port": port, "ListenAddress": "127.0.0.1", "HostKey": tmp_path / "host", "PidFile": "none"}
+    server |= {"AuthorizedKeysFile": tmp_path / "user.pub", "StrictModes": "no", "UsePAM": "no"}
+    client = {
+        "IdentityFile": tmp_path / "user",
+        "User": getpass.getuser(),
+        "HostName": "127.0.0.1",
+        "LogLevel": "ERROR",
+    }
+    client |= {"UserKnownHostsFile": "/dev/null", "StrictHostKeyChecking": "no"}
+    text = "\n".join(f"{name} {value}" for name, value in client.items())
+    (tmp_path / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in server.items()))
+    (tmp_path / "ssh_config").write_text(f"Host dead\nPort 1\nHost *\nPort {port}\n{text}\n")
+    process = subprocess.Popen([SSHD, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    if "listening" not in line:
+        process.kill()
+        pytest.skip(f"sshd does not start: {line}")
+    yield tmp_path / "ssh_config"
+    process.terminate()
+    process.wait(timeout=30)
+
+
+@pytest.mark.slow
+def test_two_hosts_over_ssh_and_one_that_does_not_answer(sshd: Path, ms3_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_text("one slots=1\ntwo slots=1\ndead slots=1\n")
+    (tmp_path / "runs").mkdir()
+    # the name of this machine may lead to loopback, which is right only here
+    env = {**os.environ, "PDSH_SSH_ARGS_APPEND": f"-F {sshd}", "HOME": str(tmp_path)}
+    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=lo\n")
+    command = [sys.executable, "-m", "avs_dist.launch.doctor", "--json", "--hosts", tmp_path / "hostfile"]
+    command += ["--out-dir", tmp_path / "runs", "--shards", ms3_shards, "--master-addr", "127.0.0.1"]
+    command += ["--master-port", str(free_port())]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    (dead,) = report["hosts"]["dead"]
+    assert (dead["state"], dead["name"]) == (FAIL, "reached")
+    assert "Connection refused" in dead["found"]
+    for name in ("one", "two"):
+        rows = {row["name"]: row for row in report["hosts"][name]}
+        assert [row for row in rows.values() if row["state"] == FAIL] == []
+        assert "20 clips" in rows["shards"]["found"]
+        assert rows["slots"]["state"] in (OK, WARN)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert {row["state"] for name, row in rows.items() if name != "pdsh"} == {OK}
+    assert "index.json of the shards" in rows["same on all hosts"]["found"]
+    assert "2 ranks: the sum of 16 MiB is right" in rows["collective of all hosts"]["found"]
+    assert "seen by all" in rows["shared out dir"]["found"]
+    assert "reached by all" in rows["master port"]["found"]
+    assert "ms apart" in rows["clocks"]["found"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_host_that_is_not_there_is_a_line_within_the_time() -> None:
+    if shutil.which("ssh") is None:
+        pytest.skip("no ssh here")
+    begin = time.monotonic()
+    named = {"203.0.113.77": 1, "198.51.100.77": 1}  # addresses that belong to nobody
+    found = hosts.connect(named, None, connect_s=1)
+    try:
+        report = cluster.examine(found, Options("."), None, limit_s=3)
+    finally:
+        hosts.close(found)
+    assert time.monotonic() - begin < 30
+    assert [[row.name for row in rows] for rows in report.hosts.values()] == [["reached"], ["reached"]]
+    assert all("ended with code 255" in row.found or "no answer" in row.found for row in report.rows())
+    assert report.together == []
+
+
+@pytest.fixture
+def local_hosts() -> Iterator[Any]:
+    """Makes connections to agents on this machine, without ssh."""
+    made: list[hosts.Host] = []
+
+    def connect(*commands: list[str]) -> list[hosts.Host]:
+        made.extend(hosts.Host(f"host-{number}", 1, command) for number, command in enumerate(commands))
+        return made
+
+    yield connect
+    hosts.close(made)
+
+
+def test_an_agent_that_hangs_breaks_or_says_other_things(local_hosts: Any) -> None:
+    banner = ["bash", "-c", f"echo welcome to this cluster; exec {sys.executable} -m avs_dist.launch.checks.agent"]
+    hangs, breaks, talks = local_hosts(["sleep", "100"], ["bash", "-c", "echo no Python >&2; exit 127"], banner)
+    with pytest.raises(hosts.HostError, match="no answer within 0.5 s"):
+        hangs.ask("clock", 0.5)
+    for _ in range(2):
+        with pytest.raises(hosts.HostError, match="the agent ended with code 127: no Python"):
+            breaks.ask("clock", 30)
+    assert abs(talks.ask("clock", 60) - time.time()) < 60
+    with pytest.raises(hosts.HostError, match="KeyError: 'nonsense'"):
+        talks.ask("nonsense", 60)
+    with pytest.raises(hosts.HostError, match="FileNotFoundError|PermissionError|NotADirectoryError"):
+        talks.ask("leave", 60, folder="/proc/1/nothing", token="x")
+    assert abs(talks.ask("clock", 60) - time.time()) < 60
+
+
+def test_clocks_apart_are_told(local_hosts: Any) -> None:
+    late = "import time; now = time.time; time.time = lambda: now() - 90; "
+    late += "from avs_dist.launch.checks import agent; agent.main()"
+    here, there = local_hosts(AGENT, [sys.executable, "-c", late])
+    assert abs(cluster.clock_offset(here, 60)) < 0.5
+    assert cluster.clock_offset(there, 60) == pytest.approx(-90, abs=0.5)
+    assert cluster.clocks({"a": 0.0, "b": 0.2}).state == OK
+    row = cluster.clocks({"a": 0.1, "b": -90.0})
+    assert row.state == FAIL
+    assert "90.1 s apart: a +0.1 s, b -90.0 s" in row.found
+
+
+def test_an_out_dir_that_is_not_shared_is_told(local_hosts: Any, tmp_path: Path) -> None:
+    """The second host has another file system there: a mount of its own."""
+    other = f"mount -t tmpfs none {tmp_path} && exec {' '.join(AGENT)}"
+    unshared = ["unshare", "--mount", "bash", "-c", other]
+    if subprocess.run([*unshared[:3], "-c", f"mount -t tmpfs none {tmp_path}"], capture_output=True).returncode:
+        pytest.skip("no mount of its own for a process here (needs root)")
+    first, same, different = local_hosts(AGENT, AGENT, unshared)
+    row = cluster.shared_folder([first, same], str(tmp_path / "runs"))
+    assert (row.state, row.name) == (OK, "shared out dir")
+    row = cluster.shared_folder([first, same, different], str(tmp_path / "runs"))
+    assert row.state == FAIL
+    assert row.found.endswith("is not there on host-2")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_is_not_reached_is_told(local_hosts: Any) -> None:
+    first, second = local_hosts(AGENT, AGENT)
+    port = free_port()
+    assert cluster.port_reached([first, second], "127.0.0.1", port).state == OK
+    row = cluster.port_reached([first, second], "::1", port)
+    assert row.state == FAIL
+    assert "host-1: " in row.found
+    assert first.ask("listen", 60, port=port)
+    row = cluster.port_reached([second, first], "127.0.0.1", port)
+    assert row.state == FAIL
+    assert "cannot listen" in row.found
+
+
+def test_what_differs_between_hosts_is_told() -> None:
+    facts = {"a": {"Python": "3.11.7", "torch": "2.11.0"}, "b": {"Python": "3.11.7", "torch": "2.10.0"}}
+    same, other = cluster.agreement(facts)
+    assert (same.state, same.found) == (OK, "Python")
+    assert (other.state, other.name) == (FAIL, "same torch")
+    assert other.found == "2.11.0 on a; 2.10.0 on b"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a slots=2\na slots=1\n", 2), ("# fine\n\na\n", 3), ("a slots=x\n", 1), ("# nothing\n", None)],
+)
+def test_hostfiles_that_the_launcher_refuses(text: str, line: int | None, tmp_path: Path) -> None:
+    file = tmp_path / "hostfile"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"hostfile{f':{line}' if line else ''}: "):
+        hosts.read_hostfile(str(file))
+    file.write_text("# comment\n\nnode-1 slots=8\n  node-2   slots=4 # four\n")
+    assert hosts.read_hostfile(str(file)) == {"node-1": 8, "node-2": 4}
+
+
+def test_slots_are_compared_with_gpus() -> None:
+    host = hosts.Host("a", 4, ["true"])
+    host.close()
+    assert [cluster.slots(host, gpus)[0].state for gpus in (0, 2, 4, 8)] == [OK, FAIL, OK, WARN]
