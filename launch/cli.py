@@ -27,6 +27,7 @@ COMMANDS = {
     "evaluate": "measure a checkpoint, with real, muted or swapped sound",
     "downstream": "measure what codes carry over between modalities: classify, localise, retrieve",
     "predict": "paint what sounds on any video file",
+    "export": "write a checkpoint as a folder to pass on: weights, config.json, model card",
     "report": "draw latent codes, the use of shared codes, or the score over denoising steps",
     "ablations": "the ablation tables of the papers at toy scale",
     "demo": "all of these in a row, on synthetic clips and a real film",
