@@ -34,8 +34,9 @@ class RunningStatistics(nn.Module):
 class WorldBatchNorm2d(RunningStatistics, nn.BatchNorm2d):
     """nn.BatchNorm2d whose training moments are those of all ranks (K ranks x b equals one rank x K b).
 
-    torch's SyncBatchNorm does the same on CUDA only. On one process this is the native batch normalisation. `drop`
-    and `act` follow it, for timm's fused norm-activation layers. Activation checkpointing runs it twice on a batch: the
+    torch's SyncBatchNorm does the same on CUDA only. On one GPU this is the native batch normalisation; that of the CPU
+    sums up one pixel after the other, so that gradients of channels-last maps lose a digit or two. `drop` and `act`
+    follow it, for timm's fused norm-activation layers. Activation checkpointing runs it twice on a batch: the
     running statistics move the first time.
     """
 
@@ -56,19 +57,49 @@ class WorldBatchNorm2d(RunningStatistics, nn.BatchNorm2d):
         if tracked:
             self.num_batches_tracked += 1
             momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-        if not self.training or world_size() == 1:
+        if not self.training or (x_NCHW.is_cuda and world_size() == 1):
             running = (self.running_mean, self.running_var)
             return F.batch_norm(x_NCHW, *running, weight_C, bias_C, self.training, momentum, self.eps)
-        x = x_NCHW.to(self.running_mean.dtype)
-        var_C, mean_C = torch.var_mean(x, (0, 2, 3), correction=0)
-        num_pixels = mean_C.new_tensor(float(x.numel() // x.shape[1]))
-        moments = merge_ranks(Moments(num_pixels, mean_C, var_C), all_reduce_sum)
+        out_NCHW, *moments = _Normalised.apply(x_NCHW, weight_C, bias_C, self.eps)
         if tracked:
-            update_running(self.running_mean, self.running_var, moments, momentum)
-        scale_C = weight_C * torch.rsqrt(moments.var_C + self.eps)
-        shift_C = bias_C - moments.mean_C * scale_C
-        out_NCHW = torch.addcmul(shift_C.view(1, -1, 1, 1), x, scale_C.view(1, -1, 1, 1))
-        return out_NCHW.to(x_NCHW.dtype)
+            update_running(self.running_mean, self.running_var, Moments(*moments), momentum)
+        return out_NCHW
+
+
+class _Normalised(torch.autograd.Function):
+    """(x - mean) / std * weight + bias with the moments of all ranks, and these moments."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, eps: float) -> tuple[Tensor, ...]:
+        x = x_NCHW.to(weight_C.dtype)
+        mean_C = x.mean((0, 2, 3))
+        var_C = (x - _maps(mean_C)).square_().mean((0, 2, 3))  # on a CPU ten times as fast as torch.var_mean
+        num_pixels = mean_C.new_tensor(float(x.numel() // x.shape[1]))
+        moments = merge_ranks(Moments(num_pixels, mean_C, var_C), all_reduce_sum if world_size() > 1 else None)
+        inverse_C = torch.rsqrt(moments.var_C + eps)
+        scale_C = weight_C * inverse_C
+        # centred first: x * scale + shift would round mean / std times as much
+        out_NCHW = torch.addcmul(_maps(bias_C), x - _maps(moments.mean_C), _maps(scale_C)).to(x_NCHW.dtype)
+        ctx.save_for_backward(x_NCHW, moments.mean_C, inverse_C, scale_C, moments.num_tokens)
+        ctx.mark_non_differentiable(*moments)
+        return out_NCHW, *moments
+
+    @staticmethod
+    def backward(ctx: Any, grad_NCHW: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x_NCHW, mean_C, inverse_C, scale_C, num_pixels = ctx.saved_tensors
+        grad = grad_NCHW.to(scale_C.dtype)
+        centred_NCHW = x_NCHW.to(scale_C.dtype) - _maps(mean_C)
+        grad_bias_C = grad.sum((0, 2, 3))
+        grad_weight_C = (grad * centred_NCHW).sum((0, 2, 3)) * inverse_C
+        # every pixel of every rank has moved the moments
+        mean_grads_2C = all_reduce_sum(torch.stack([grad_bias_C, grad_weight_C])) / num_pixels
+        shift_C, slope_C = scale_C * mean_grads_2C[0], scale_C * mean_grads_2C[1] * inverse_C
+        grad_x_NCHW = torch.addcmul(-_maps(shift_C), grad, _maps(scale_C)).addcmul_(centred_NCHW, -_maps(slope_C))
+        return grad_x_NCHW.to(x_NCHW.dtype), grad_weight_C, grad_bias_C, None
+
+
+def _maps(value_C: Tensor) -> Tensor:
+    return value_C.view(1, -1, 1, 1)
 
 
 def synchronise_batchnorm(module: nn.Module) -> nn.Module:
