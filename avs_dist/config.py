@@ -256,6 +256,8 @@ class TrainConfig:
         log_every: Steps between log lines.
         resume: Continue from the last checkpoint in out_dir.
         init_from: Start from the weights of this checkpoint or run of the same model (MS3 from S4).
+        max_nonfinite: Steps in a row whose loss or gradient may be NaN or infinite: all ranks skip such a step as if it
+            had not been; with more the run stops.
     """
 
     max_steps: int = 1000
@@ -268,11 +270,12 @@ class TrainConfig:
     log_every: int = 10
     resume: bool = False
     init_from: str | None = None
+    max_nonfinite: int = 10
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "global_batch", "log_every", "keep_last"):
             at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("eval_every", "save_every"):
+        for name in ("eval_every", "save_every", "max_nonfinite"):
             at_least(f"train.{name}", getattr(self, name), 0)
 
 

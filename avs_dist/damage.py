@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from avs_dist import world
+from avs_dist import interruption, world
+from avs_dist.interruption import Preempted
 from avs_dist.shards.faults import KINDS, Damage
 from avs_dist.shards.files import write_text
 
@@ -88,30 +89,29 @@ class DamageLog:
         return [f"{kind}: {damage}" for kind, damage in first.items()]
 
 
-def agree(log: DamageLog, damages: Sequence[Damage], failure: Exception | None = None) -> None:
-    """Note what any rank has found, on all ranks; collective.
+def agree(log: DamageLog, damages: Sequence[Damage], failure: str | None = None) -> None:
+    """Note what any rank has found or been told, on all ranks; collective.
 
     Args:
         failure: Why this rank has no batch, if so; then all ranks stop.
 
     Raises:
+        Preempted: a rank got a signal to stop; on all ranks.
         TooManyDamagedError: the bound is exceeded; on all ranks.
         NoBatchError: a rank has no batch; on all ranks.
     """
-    if not world.any_rank(bool(damages) or failure is not None):
+    signal = interruption.received()
+    if not world.any_rank(bool(damages) or failure is not None or signal is not None):
         return
-    told = world.gather_objects((list(damages), None if failure is None else _last_line(failure)))
-    log.add([damage for found, _ in told for damage in found])
+    told = world.gather_objects((list(damages), failure, signal))
+    log.add([damage for found, _, _ in told for damage in found])
+    for rank, (_, _, signal) in enumerate(told):
+        if signal is not None:
+            raise Preempted(f"stopped by {signal} (rank {rank})")
     log.check()
-    for rank, (_, reason) in enumerate(told):
+    for rank, (_, reason, _) in enumerate(told):
         if reason is not None:
-            raise NoBatchError(f"rank {rank} has no batch: {reason}") from failure
-
-
-def _last_line(error: Exception) -> str:
-    """What is wrong, also where torch has put the trace of a loading process before it."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1]}"
+            raise NoBatchError(f"rank {rank} has no batch: {reason}")
 
 
 def save_report(folder: Path, logs: Sequence[DamageLog]) -> None:

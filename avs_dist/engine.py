@@ -7,7 +7,6 @@ process if need be) and always a DeepSpeedEngine. The DeepSpeed dict is derived 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from torch import Tensor
 from avs_dist import optimizer_state, world
 from avs_dist.clip import Clip
 from avs_dist.config import Config, EngineConfig
+from avs_dist.nonfinite import StepGuard
 from avs_dist.optim import build_optimizer, lr_factor
 from avs_dist.sequences import Sequences
 from avs_dist.shards import plan
@@ -94,6 +94,7 @@ class Engine:
         self._engine = _wrap(system, config)
         _check_engine(self._engine, config)
         world.limit_waiting(config.engine.timeout_s)
+        self._guard = StepGuard(self.system, self._engine.basic_optimizer, config.engine.grad_accumulation)
 
     @property
     def system(self) -> System:
@@ -114,24 +115,28 @@ class Engine:
         averaged over all ranks.
 
         Raises:
-            RuntimeError: the loss is not finite; raised on every rank, before the weights are touched.
+            NonFiniteError: a loss or gradient of any rank is not finite; raised on every rank, and all is as before.
         """
         # every random draw of a step depends on (seed, step, rank) alone, so that a resumed run repeats it exactly
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 4_096 + world.rank())
         self._engine.train()
         self._set_learning_rate(step)
+        self._guard.begin()
         totals: dict[str, Tensor] = {}
+        means: dict[str, float] = {}
         for batch in micro_batches:
             terms = self._engine("loss_terms", batch.to(self.device, self.dtype), step)
             loss = torch.stack(list(terms.values())).sum()
             for name, value in {"loss": loss, **terms, **self.system.take_observed()}.items():
                 share = value.detach().double() / len(micro_batches)
                 totals[name] = totals[name] + share if name in totals else share
-            if batch is micro_batches[-1]:
-                means = _rank_mean(totals)
-                _require_finite(means, step)
             self._engine.backward(loss)
+            self._guard.note(batch.key, terms)
+            if batch is micro_batches[-1]:
+                means = self._guard.agree(totals)
             self._engine.step()
+        if self._guard.refuses:
+            raise self._guard.undo(step)
         return means
 
     @torch.no_grad()
@@ -225,11 +230,6 @@ def _wrap(system: System, config: Config) -> Any:
     return engine
 
 
-def _launcher_environment() -> None:
-    """What accelerate and DeepSpeed read from the environment, for a run without a launcher."""
-    facts = {"LOCAL_RANK": world.local_rank(), "RANK": world.rank(), "WORLD_SIZE": world.world_size()}
-    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **facts}.items():
-        os.environ.setdefault(name, str(value))
 def _recompute_activations(system: System, zero_stage: int) -> None:
     blocks = system.recompute_activations()
     if zero_stage == 3:
@@ -241,6 +241,11 @@ def _recompute_activations(system: System, zero_stage: int) -> None:
             set_z3_leaf_module(block, True)
 
 
+def _launcher_environment() -> None:
+    """What accelerate and DeepSpeed read from the environment, for a run without a launcher."""
+    facts = {"LOCAL_RANK": world.local_rank(), "RANK": world.rank(), "WORLD_SIZE": world.world_size()}
+    for name, value in {"ACCELERATE_USE_DEEPSPEED": "true", **facts}.items():
+        os.environ.setdefault(name, str(value))
 
 
 def _check_engine(engine: Any, config: Config) -> None:
@@ -256,15 +261,3 @@ def _check_engine(engine: Any, config: Config) -> None:
             f"world sizes differ: torch.distributed {dist.get_world_size()}, deepspeed {engine.world_size}, "
             f"WORLD_SIZE {os.environ['WORLD_SIZE']}"
         )
-
-
-def _rank_mean(terms: dict[str, Tensor]) -> dict[str, float]:
-    stacked = torch.stack(list(terms.values()))
-    dist.all_reduce(stacked)
-    return dict(zip(terms, (stacked / dist.get_world_size()).tolist(), strict=True))
-
-
-def _require_finite(terms: dict[str, float], step: int) -> None:
-    bad = {name: value for name, value in terms.items() if not math.isfinite(value)}
-    if bad:
-        raise RuntimeError(f"step {step}: loss is not finite: {bad}; lower optim.lr or set optim.clip_norm")

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from avs_dist import world
+from avs_dist.agreed_batches import AgreedBatches
 from avs_dist.clip import collate
 from avs_dist.config import Config, DataConfig, UnicodeConfig
-from avs_dist.damage import DamageLog, agree, reported_clips
+from avs_dist.damage import DamageLog, reported_clips
 from avs_dist.sequences import collate_features, collate_media
 from avs_dist.shards.faults import Damage, DamagedClipError
 from avs_dist.shards.index import ShardIndex
-from avs_dist.shards.pipeline import MOST_TRIED, EvalStream, Loaded, TrainStream, stream_state
+from avs_dist.shards.pipeline import MOST_TRIED, EvalStream, TrainStream, stream_state
 from avs_dist.shards.plan import StepPlan, StreamState
 from avs_dist.shards.read import ClipReader
 from avs_dist.shards.text import MAX_WORDS
@@ -103,10 +102,9 @@ class TrainBatches:
             collate=self._collate,
             most_tried=_most_tried(self.damage),
         )
-        loaded = _iterate(stream, config.data.workers)
+        loaded = AgreedBatches(stream, config.data.workers, self.damage)
         for _ in range(plan.num_steps):
-            batches = [_agreed(loaded, self.damage) for _ in range(plan.accumulation)]
-            yield [each.batch for each in batches]
+            yield [next(loaded).batch for _ in range(plan.accumulation)]
 
     def _state_at(self, position: int) -> StreamState:
         return stream_state(self._reader, position, self._config.seed, self._config.data.shuffle_window, self._weights)
@@ -123,9 +121,9 @@ class EvalBatches:
         return len(self._stream)
 
     def __iter__(self) -> Iterator[tuple[Any, list[int]]]:
-        loaded = _iterate(self._stream, self._workers)
+        loaded = AgreedBatches(self._stream, self._workers, self.damage)
         for _ in range(len(self)):
-            batch, positions, _ = _agreed(loaded, self.damage)
+            batch, positions, _ = next(loaded)
             yield batch, positions
         if len(self.damage) and world.is_main():
             tqdm.write(f"{self.damage.summary()}: left out", file=sys.stderr)
@@ -246,42 +244,3 @@ def sequence_collate(config: UnicodeConfig, index: ShardIndex) -> Callable[[list
         text = config.text_channels if "text" in config.modalities else None
         return partial(collate_media, num_steps=num_steps, text_channels=text)
     return partial(collate_features, shapes=config.shapes, num_steps=num_steps, num_events=len(index.events))
-
-
-def _iterate(stream: IterableDataset[Any], workers: int) -> Iterator[Loaded[Any]]:
-    """Batches of a stream, made by so many processes; 0 makes them in this one."""
-    # the stream is already split over ranks and workers and yields whole batches
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context="spawn" if workers else None,
-    )
-    before = signal.getsignal(signal.SIGCHLD)
-    loaded = iter(loader)
-    # torch's handler raises wherever this process is when a loading process dies, in the middle of a collective too;
-    # without it the death is noticed where the next batch is taken, and the other ranks can be told
-    if workers and signal.getsignal(signal.SIGCHLD) != before:
-        signal.signal(signal.SIGCHLD, before)
-    return loaded
-
-
-def _as_it_is(loaded: Any) -> Any:
-    return loaded
-
-
-def _agreed(loaded: Iterator[Loaded[Any]], damage: DamageLog) -> Loaded[Any]:
-    """The next batch, once all ranks have theirs and know of each other's damage."""
-    failure: Exception | None = None
-    batch: Loaded[Any] | None = None
-    try:
-        batch = next(loaded)
-        if batch.batch is None:
-            failure = ValueError(f"{len(batch.damages)} clips one after the other cannot be read")
-    except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        failure = error
-    agree(damage, batch.damages if batch else (), failure)
-    assert batch is not None
-    return batch

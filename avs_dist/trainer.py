@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-import yaml
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from avs_dist import checkpoint, resuming, world
-from avs_dist.config import Config, to_dict
-from avs_dist.damage import REPORT_FILE, DamageLog, DataError, save_report
+from avs_dist.config import Config
+from avs_dist.damage import REPORT_FILE, DataError
 from avs_dist.engine import Engine, stop
+from avs_dist.interruption import Preempted
 from avs_dist.loader import TrainBatches
+from avs_dist.nonfinite import NonFiniteError, SkippedSteps
 from avs_dist.placement import placement
+from avs_dist.run_log import RunLog
 from avs_dist.saving import Saver
-from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
 from avs_dist.stored_audio import check_stored_audio
 from avs_dist.systems import build_system
 from avs_dist.tasks import build_task
+from avs_dist.watchdog import phase, watching
 
 
 def train(config: Config) -> Path:
@@ -31,12 +29,14 @@ def train(config: Config) -> Path:
 
     Raises:
         ValueError: the settings do not fit together, or train.out_dir holds a run and train.resume is off.
-        RuntimeError: the loss became NaN or infinite (the last checkpoint is whole), or more clips than
-            data.max_damaged are damaged (the steps done are in a checkpoint).
+        RuntimeError: losses or gradients were not finite in more steps than train.max_nonfinite, or more clips than
+            data.max_damaged are damaged (the steps done are in a checkpoint); or another rank is lost.
+        Preempted: a signal was noted (`interruption.noted`) that asks the run to stop; it is saved.
     """
     device = world.start(config.engine.timeout_s)
     try:
-        return _train(config, device)
+        with watching(config.engine.timeout_s):
+            return _train(config, device)
     finally:
         stop()
 
@@ -70,11 +70,30 @@ def _train(config: Config, device: torch.device) -> Path:
         if config.train.resume:
             print(f"resumed from {previous}" if previous else f"no checkpoint in {config.train.out_dir}: from step 0")
 
-    def evaluate() -> None:
-        metrics, codes = task.evaluate(engine)
-        log.evaluation(done, metrics, codes)
-        saver.save(done, metrics, batches.state(done))
+    def save(metrics: dict[str, float]) -> None:
+        with phase(f"saving step {done}"):
+            saver.save(done, metrics, batches.state(done))
 
+    def evaluate() -> None:
+        with phase(f"evaluating step {done}"):
+            metrics, codes = task.evaluate(engine)
+        log.evaluation(done, metrics, codes)
+        save(metrics)
+
+    def train_step(micro_batches: list[Any]) -> dict[str, float]:
+        """Terms of the step; none where all ranks had to skip it."""
+        augmented = [task.augment(batch, done) for batch in micro_batches]
+        try:
+            with phase(f"training step {done}"):
+                terms = engine.train_step(augmented, done)
+        except NonFiniteError as error:
+            skipped.add(error)
+            log.skipped(error, skipped)
+            return {}
+        skipped.passed()
+        return terms
+
+    skipped = SkippedSteps(config.train.max_nonfinite, Path(config.train.out_dir), done)
     with RunLog(config, first_step=done) as log:
         try:
             if previous:
@@ -83,17 +102,20 @@ def _train(config: Config, device: torch.device) -> Path:
                     evaluate()
             for micro_batches in batches:
                 log.damage(done, batches.damage, task.damage)
-                augmented = [task.augment(batch, done) for batch in micro_batches]
-                log.step(done, engine.train_step(augmented, done), engine.learning_rate(done))
+                log.step(done, train_step(micro_batches), engine.learning_rate(done), skipped.count)
                 done += 1
                 saver.poll()
                 if _due(done, config.train.eval_every, config):
                     evaluate()
                 elif _due(done, config.train.save_every, config):
-                    saver.save(done, {}, batches.state(done))
-        except DataError:  # on all ranks alike
+                    save({})
+        except (DataError, NonFiniteError, Preempted) as reason:  # on all ranks alike
             if done:
-                saver.save(done, {}, batches.state(done))
+                save({})
+                saver.finish()
+            if isinstance(reason, Preempted) and world.is_main():
+                where = f"saved in {saver.newest}" if saver.newest else "there is nothing to save"
+                print(f"{reason} after step {done}: {where}; continue with --train.resume true", flush=True)
             raise
         finally:
             log.damage(done, batches.damage, task.damage)
@@ -136,72 +158,3 @@ def _word_vectors(config: Config, index: ShardIndex, begin: Path | str | None) -
 def _due(steps_done: int, every: int, config: Config) -> bool:
     """Whether it is time for what is done every so many steps, and at the end."""
     return steps_done == config.train.max_steps or (every > 0 and steps_done % every == 0)
-
-
-class RunLog:
-    """Progress bar, TensorBoard and metrics.jsonl; everything on rank 0 only."""
-
-    def __init__(self, config: Config, first_step: int) -> None:
-        self._config = config
-        self._first_step = first_step
-        self._main = world.is_main()
-        self._damaged = 0
-
-    def __enter__(self) -> RunLog:
-        if self._main:
-            out_dir = Path(self._config.train.out_dir)
-            self._damaged = -1 if (out_dir / REPORT_FILE).is_file() else 0  # an old report is written anew
-            write_text(out_dir / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
-            self._records = _open_records(out_dir / "metrics.jsonl", self._first_step)
-            self._board = SummaryWriter(out_dir / "tensorboard", purge_step=self._first_step)
-            self._bar = tqdm(total=self._config.train.max_steps, initial=self._first_step, desc="train", unit="step")
-            self._since = time.monotonic()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._main:
-            self._bar.close()
-            self._board.close()
-            self._records.close()
-
-    def step(self, step: int, terms: dict[str, float], lr: float) -> None:
-        if not self._main:
-            return
-        self._bar.update()
-        self._bar.set_postfix({k: f"{v:.4f}" for k, v in terms.items()}, refresh=False)
-        if (step + 1) % self._config.train.log_every == 0:
-            seconds = (time.monotonic() - self._since) / self._config.train.log_every
-            self._write("train", step + 1, {**terms, "lr": lr, "seconds_per_step": seconds})
-            self._since = time.monotonic()
-
-    def damage(self, step: int, *logs: DamageLog | None) -> None:
-        """The damaged clips so far, where there are more than the last time."""
-        there = [log for log in logs if log is not None]
-        count = sum(map(len, there))
-        if self._main and count > self._damaged:
-            self._damaged = count
-            self._board.add_scalar("data/damaged_clips", count, step)
-            save_report(Path(self._config.train.out_dir), there)
-
-    def evaluation(self, step: int, metrics: dict[str, float], codes: dict[str, float]) -> None:
-        if self._main:
-            self._bar.write(f"step {step}: " + "  ".join(f"{k}={v:.4f}" for k, v in metrics.items()))
-            self._write("eval", step, metrics)
-            if codes:
-                self._write("codes", step, codes)
-            self._since = time.monotonic()
-
-    def _write(self, phase: str, step: int, values: dict[str, Any]) -> None:
-        self._records.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
-        self._records.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{phase}/{name}", value, step)
-
-
-def _open_records(path: Path, first_step: int) -> TextIO:
-    """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, as it is redone,
-    and so is a line torn by a crash."""
-    old = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= first_step]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-    return open(path, "a")

@@ -9,6 +9,7 @@ Several --config files compose from left to right; any value can be overridden b
 
 from __future__ import annotations
 
+from avs_dist import interruption
 from avs_dist.config import Config
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
@@ -29,11 +30,15 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config = parse_config(argv)
-    from avs_dist.trainer import train  # after parsing, so that --help and errors come at once
+    with interruption.noted():  # before anything slow is imported
+        config = parse_config(argv)
+        from avs_dist.trainer import train  # after parsing, so that --help and errors come at once
 
-    train(config)
-    return 0
+        try:
+            train(config)
+        except interruption.Preempted:  # rank 0 has said so
+            return interruption.EXIT_CODE
+        return 0
 
 
 if __name__ == "__main__":

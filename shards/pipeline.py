@@ -77,6 +77,12 @@ class TrainStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
     def __len__(self) -> int:
         return len(self._plan)
 
+    def describe(self, number: int) -> str:
+        """Where micro-batch `number` is read from, unless a clip is damaged."""
+        sequence = TrainSequence(*self._order)
+        positions = next(self._plan.micro_batches(number, len(self)))
+        return self._reader.describe([sequence[position] for position in positions])
+
     def __iter__(self) -> Iterator[Loaded[Batch]]:
         sequence = TrainSequence(*self._order)
         self._reader.read_ahead(self._clips)
@@ -133,6 +139,12 @@ class EvalStream(IterableDataset[Loaded[Batch]], Generic[Batch]):
 
     def __len__(self) -> int:
         return self._length
+
+    def describe(self, number: int) -> str:
+        """Where batch `number` is read from, unless a clip is damaged."""
+        return self._reader.describe(
+            [clip for clip in eval_batches(*self._plan, number, len(self))[0] if clip != PADDING]
+        )
 
     def __iter__(self) -> Iterator[Loaded[Batch]]:
         self._reader.read_ahead(self._clips)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
-from avs_dist.shards.faults import ClipFault, Damage, DamagedClipError
+from avs_dist.shards.faults import ClipFault, Damage, DamagedClipError, printable
 from avs_dist.shards.feature_members import decode_features
 from avs_dist.shards.index import ClipEntry, ShardEntry, ShardIndex
 from avs_dist.shards.members import Sound, decode_clip, decode_facts, decode_sound
@@ -32,6 +32,8 @@ Audio = Literal["real", "muted", "swapped"]
 Result = TypeVar("Result")
 # clips that are asked for their sound, before one goes without
 MOST_DONORS = 100
+# clips of a shard that a description names
+_TOLD = 8
 # what decoders of pictures, numbers and text raise on rubbish
 _DECODING_ERRORS = (ValueError, OSError, SyntaxError, EOFError, struct.error, OverflowError, MemoryError)
 
@@ -129,6 +131,17 @@ class ClipReader:
             DamagedClipError: If their bytes are damaged.
         """
         return self._checked(clip, lambda: self._members(clip))
+
+    def describe(self, clips: Sequence[int]) -> str:
+        """Their shards, and the names of the first clips of each, for a person."""
+        shards: dict[str, list[str]] = {}
+        for number, shard, entry in map(self._places.__getitem__, clips):
+            shards.setdefault(self._sets[number].place_of(shard), []).append(printable(entry.name))
+        told = (
+            f"{place} (clips {', '.join(names[:_TOLD])}{', ...' * (len(names) > _TOLD)})"
+            for place, names in shards.items()
+        )
+        return ", ".join(told) or "no clip of its own"
 
     def read_ahead(self, order: Callable[[], Iterator[int]]) -> None:
         """Shards that have to be fetched are fetched ahead of their use from now on.

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from avs_dist.shards.children import deaf
 from avs_dist.shards.faults import ClipFault
 from avs_dist.shards.video_member import StoredVideo
 
@@ -211,12 +212,13 @@ class MediaWorker:
     def _start(self) -> None:
         ours, theirs = Pipe()
         self._memory = os.memfd_create("clip")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "avs_dist.shards.decode", str(theirs.fileno()), str(self._memory)],
-            pass_fds=[theirs.fileno(), self._memory],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        with deaf():
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "avs_dist.shards.decode", str(theirs.fileno()), str(self._memory)],
+                pass_fds=[theirs.fileno(), self._memory],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
         theirs.close()
         self._connection, self._served = ours, 0
         try:
