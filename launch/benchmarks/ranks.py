@@ -24,9 +24,9 @@ def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told:
         Why it failed, as far as its last lines say; empty where it did not.
     """
     lines: list[str] = []
-    command = [*_launcher(ranks), program, *words]
+    command = [*launcher(ranks), program, *words]
     with subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as launched:
         limit = threading.Timer(limit_s, launched.terminate)
         limit.start()
@@ -40,7 +40,8 @@ def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told:
     return ([line for line in lines if "Error" in line] or lines or [f"exit code {launched.returncode}"])[-1]
 
 
-def _launcher(ranks: int) -> list[str]:
+def launcher(ranks: int) -> list[str]:
+    """What stands before the program: Python, or the deepspeed launcher of this environment."""
     if ranks == 1:
         return [sys.executable]
     with socket.socket() as probe:
@@ -49,7 +50,7 @@ def _launcher(ranks: int) -> list[str]:
     return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)]
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """One thread for each rank, whatever their number: threads share sums out, and round them in another order."""
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**env, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
