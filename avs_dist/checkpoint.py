@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from avs_dist.config import Config, from_dict
@@ -93,6 +94,8 @@ def _fill(system: System, folder: Path, key: str = "") -> None:
         system.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:
         raise ValueError(f"{key}{folder} holds another model: {first_lines(error)}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{key}{folder / WEIGHTS} is not a safetensors file: {error}") from error
 
 
 def saved_config(folder: Path) -> Config:

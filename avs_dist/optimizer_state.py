@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 MASTER, STEP = "master", "step"  # kinds of stored tensors; the others are those of the optimiser (exp_avg ...)
@@ -144,13 +144,19 @@ class StoredState:
 
     Args:
         folder: the files that the ranks have written.
+
+    Raises:
+        ValueError: they are other files.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._pieces: dict[tuple[str, str], list[_Stored]] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")  # maps the file: only what is asked for is read
+            try:
+                file = safe_open(path, framework="pt")  # maps the file: only what is asked for is read
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a safetensors file: {error}") from error
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 kind, rest = key.split(":", 1)
                 name, start = rest.rsplit(":", 1)
