@@ -1,4 +1,5 @@
-"""Signals that ask a run to stop: noted here, agreed on by all ranks at the next step or batch, then saved and left.
+"""Signals, or a launcher that is gone, ask a run to stop: noted here, agreed on by all ranks at the next step or batch,
+then saved and left.
 
 SIGTERM is what cluster managers send before they take a machine away, SIGUSR1 what slurm's --signal option is often
 set to. It is enough that one rank gets it. Standard library only, so that signals are noted before anything slow is
@@ -42,8 +43,15 @@ def noted() -> Iterator[None]:
 
 
 def received() -> str | None:
-    """Name of the signal that this process got within `noted`, if any."""
+    """What asked this process to stop within `noted`, if anything: a signal by its name, or `reader_gone`."""
     return _received
+
+
+def reader_gone() -> None:
+    """Note that nobody is left to read what this process prints: its launcher, or the connection to it, has ended
+    without a signal. The run must not go on beside the one that is started in its place."""
+    global _received
+    _received = _received or "the end of its launcher"
 
 
 def _note(number: int, frame: FrameType | None) -> None:

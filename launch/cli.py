@@ -18,7 +18,7 @@ import re
 import sys
 from typing import NoReturn
 
-from avs_dist import output
+from avs_dist import interruption, output
 
 COMMANDS = {
     "synth": "make a synthetic benchmark of real media files",
@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(command: str, argv: list[str] | None = None) -> int:
     """Run one command; what the user can fix is one line on stderr and exit code 2."""
-    # a training goes on, or saves and tells by its exit code, whether or not somebody still reads what it prints
-    with output.optional() if command == "train" else contextlib.nullcontext():
+    # a training saves and tells by its exit code, whether or not somebody still reads what it prints
+    with output.optional(interruption.reader_gone) if command == "train" else contextlib.nullcontext():
         return _run(command, argv)
 
 
