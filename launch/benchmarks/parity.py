@@ -1,0 +1,207 @@
+"""Compare trainings on several ranks, under every ZeRO stage, with the same training in one process.
+
+    avs-dist bench parity                                       the whole table; about 15 minutes on 2 CPU cores
+    avs-dist bench parity --systems unicode --stages 3 --ranks 2
+    avs-dist bench parity --precision bf16 --tolerance 0.05 --markdown bf16.md
+
+Every system trains for some steps with the same global batches, and is evaluated; the deepspeed launcher starts the
+ranks. `--accumulations` adds a network without batch normalisation that sums micro-batches. The exit code is 1 when a
+case is further from one process than the tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from avs_dist.launch.benchmarks import parity_rank, report
+from avs_dist.launch.benchmarks.parity_cases import SYSTEMS, Case, Data, table
+from avs_dist.launch.benchmarks.parity_compare import Difference, Found, Row, as_json, compare, markdown
+from avs_dist.launch.cli import OneLineErrors
+from avs_dist.shards.files import write_text
+
+
+class _Parser(OneLineErrors, argparse.ArgumentParser):
+    """argparse, as the other benchmarks have it."""
+
+
+def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    cases = table(args.systems, args.stages, args.ranks, args.accumulations, args.precision)
+    if not cases:
+        raise ValueError("--systems, --stages, --ranks: one process with ZeRO 0 is what the others are compared with")
+    with tempfile.TemporaryDirectory(prefix="bench-parity-") as root:
+        shards: dict[Data, str] = {
+            "clips": args.clips or _make(Path(root), "clips"),
+            "sequences": args.sequences or _make(Path(root), "sequences"),
+        }
+        trainings = Trainings(Path(root), args.steps, shards, args.limit_s)
+        trainings.run(list(dict.fromkeys([*(case.reference for case in cases), *cases])))
+        rows = [(case, trainings.outcome(case)) for case in cases]
+    facts = _facts(f"avs-dist bench parity {shlex.join(argv)}".strip(), args.precision, args.steps)
+    if args.json:
+        write_text(args.json, json.dumps(as_json(facts, args.tolerance, rows), indent=1) + "\n")
+    tables = markdown(facts, args.tolerance, rows)
+    if args.markdown:
+        write_text(args.markdown, tables)
+    print(tables)
+    return exit_code(rows, args.tolerance)
+
+
+def exit_code(rows: Sequence[Row], tolerance: float) -> int:
+    """0.
+
+    Raises:
+        RuntimeError: a case failed, or is further from its reference than the tolerance.
+    """
+    bad = [f"{case.name}: {found}" for case, found in rows if isinstance(found, str)]
+    for case, found in rows:
+        if not isinstance(found, str) and not case.nudged and found.largest > tolerance:
+            bad.append(f"{case.name}: {found.largest:.1e} apart, at most {tolerance:g} expected")
+    if bad:
+        raise RuntimeError("; ".join(bad))
+    return 0
+
+
+class Trainings:
+    """Runs cases, all those of one number of ranks in one launch, and keeps what they leave.
+
+    Args:
+        root: for plans, logs and weights.
+        steps: of each training.
+        shards: by what they hold.
+        limit_s: longest time for one launch.
+    """
+
+    def __init__(self, root: Path, steps: int, shards: dict[Data, str], limit_s: float) -> None:
+        self.root, self.steps, self.shards, self.limit_s = root, steps, shards, limit_s
+        self._failed: dict[Case, str] = {}
+
+    def run(self, cases: Sequence[Case]) -> None:
+        """A case that ends its launch costs no other: what is left is launched again."""
+        with tqdm(total=len(cases), desc="parity", unit="training") as bar:
+            for ranks in sorted({case.ranks for case in cases}):
+                left = [case for case in cases if case.ranks == ranks]
+                while left:
+                    message = self._launch(left, ranks, bar)
+                    left = [case for case in left if not self._file(case).is_file()]
+                    if left:
+                        self._failed[left[0]] = message
+                        left = left[1:]
+
+    def outcome(self, case: Case) -> Difference | str:
+        """How far the case is from its reference, or why that cannot be said."""
+        for each in (case, case.reference):
+            if each in self._failed:
+                return f"{each.name} failed: {self._failed[each]}"
+        try:
+            return compare(Found.load(self.root, case), Found.load(self.root, case.reference))
+        except ValueError as error:
+            return str(error)
+
+    def _file(self, case: Case) -> Path:
+        return self.root / f"{case.name}.json"
+
+    def _launch(self, cases: Sequence[Case], ranks: int, bar: tqdm) -> str:
+        """The last lines of the launch."""
+        plan = {"out": str(self.root), "steps": self.steps, "shards": self.shards}
+        plan_file = self.root / "plan.json"
+        write_text(plan_file, json.dumps({**plan, "cases": [dataclasses.asdict(case) for case in cases]}))
+        command = [*_launcher(ranks), parity_rank.__file__, str(plan_file)]
+        lines: list[str] = []
+        with subprocess.Popen(
+            command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as launched:
+            limit = threading.Timer(self.limit_s, launched.terminate)
+            limit.start()
+            assert launched.stdout is not None
+            for line in launched.stdout:
+                lines.append(line.strip())
+                if parity_rank.DONE in line:
+                    bar.update()
+            limit.cancel()
+        told = [line for line in lines if "Error" in line] or lines
+        return told[-1] if told else f"exit code {launched.returncode}"
+
+
+def _launcher(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)]
+
+
+def _environment() -> dict[str, str]:
+    """One thread for each rank, whatever their number: threads share sums out, and round them in another order."""
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**env, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
+
+
+def _make(root: Path, data: Data) -> str:
+    """Small synthetic shards."""
+    from avs_dist.launch import shards, synth
+
+    clips, out = root / f"{data}-media", root / data
+    settings = {
+        "clips": (["ms3", "--clips", "20", "--size", "64"], ["avsbench-ms3", "--size", "64", "--root", str(clips)]),
+        "sequences": (["cmg", "--clips", "80"], ["vggsound-avel", "--root", str(clips / "VGGSound-AVEL")]),
+    }
+    made, built = settings[data]
+    with contextlib.redirect_stdout(sys.stderr):
+        synth.main(["--out", str(clips), "--seed", "3", "--setting", *made])
+        shards.main(["build", "--out", str(out), "--source", *built])
+    return str(out)
+
+
+def _facts(command: str, precision: str, steps: int) -> dict[str, object]:
+    versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "accelerate")}
+    told = {"cores": os.cpu_count(), "threads a rank": 1, "precision": precision, "steps": steps}
+    return {**report.facts("cpu", command), **versions, **told}
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="avs-dist bench parity",
+        usage="avs-dist bench parity [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--systems", choices=list(SYSTEMS), nargs="*", default=list(SYSTEMS), help="default: all")
+    parser.add_argument("--stages", type=int, choices=range(4), nargs="+", default=[0, 1, 2, 3], help="of ZeRO")
+    parser.add_argument("--ranks", type=int, choices=[1, 2, 4, 8], nargs="+", default=[1, 2, 4], help="default: 1 2 4")
+    parser.add_argument(
+        "--accumulations",
+        type=int,
+        choices=[1, 2, 4],
+        nargs="*",
+        default=[1, 2, 4],
+        help="micro-batches of a step, for a network without batch normalisation; no number leaves it out",
+    )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--steps", type=int, default=20, help="of each training (default 20)")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest relative difference (default 1e-4)")
+    parser.add_argument("--clips", metavar="SHARDS", help="train masks on these (default: makes small synthetic ones)")
+    parser.add_argument(
+        "--sequences", metavar="SHARDS", help="train the codebook on these features (default: likewise)"
+    )
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="longest time for one launch (default 3600)")
+    parser.add_argument("--json", type=Path, help="also write all figures to this file")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    return parser
