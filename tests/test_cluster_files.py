@@ -72,8 +72,9 @@ options = [argument for argument in sys.argv[1:] if argument.startswith("--")][:
 assert options == ["--kill-on-bad-exit=1", "--gpu-bind=none", "--cpus-per-task=3"], options
 command = sys.argv[4:]
 ranks = range(int(os.environ["SLURM_NTASKS"]))
-tasks = [subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}) for n in ranks]
-sys.exit(max(task.wait() for task in tasks))
+own = [{**os.environ, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in ranks]
+tasks = [subprocess.Popen(command, env=env, start_new_session=True) for env in own]
+sys.exit(max(task.wait() % 256 for task in tasks))
 """
 SCONTROL = """#!/usr/bin/env bash
 echo "$*" >> scontrol
@@ -207,8 +208,8 @@ def test_slurm_job_goes_back_into_the_queue_after_a_preemption(
     job = slurm("--config", "a config.yaml", folder=checkout, **variables)
     pids = [checkout / f"pid-{rank}" for rank in range(2)]
     eventually(lambda: all(pid.exists() and pid.read_text().strip() for pid in pids))
-    for pid in pids:  # --signal=TERM@300 reaches the tasks, not the script
-        os.kill(int(pid.read_text()), signal.SIGTERM)
+    for pid in pids:  # --signal=TERM@300 reaches all processes of the tasks, not the script
+        os.killpg(os.getpgid(int(pid.read_text())), signal.SIGTERM)
     _, said = job.communicate(timeout=30)
     assert job.returncode == PREEMPTED, said
     for rank in range(2):

@@ -1,10 +1,8 @@
-"""The doctor on many hosts: over a real sshd, and with agents that stand for hosts in trouble."""
+"""The doctor on many hosts: over ssh, and with agents on this machine that stand for hosts in trouble."""
 
 from __future__ import annotations
 
-import getpass
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hosts as namespaces
 import pytest
 
 from avs_dist.launch.checks import cluster, hosts
@@ -20,70 +19,43 @@ from avs_dist.launch.checks.collective import free_port
 from avs_dist.launch.checks.rows import FAIL, OK, WARN, Options
 
 ROOT = Path(__file__).resolve().parents[1]
-SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 AGENT = [sys.executable, "-m", "avs_dist.launch.checks.agent"]
 
 
-@pytest.fixture
-def sshd(tmp_path: Path) -> Iterator[Path]:
-    """Configuration of ssh with which this machine is reached under any name but "dead"."""
-    if SSHD is None or shutil.which("ssh") is None:
-        pytest.skip("no sshd and ssh here")
-    if os.geteuid() == 0:
-        Path("/run/sshd").mkdir(exist_ok=True)  # sshd asks root for it
-    for key in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key], check=True)
-    port = free_port()
-    server = {"Port": port, "ListenAddress": "127.0.0.1", "HostKey": tmp_path / "host", "PidFile": "none"}
-    server |= {"AuthorizedKeysFile": tmp_path / "user.pub", "StrictModes": "no", "UsePAM": "no"}
-    client = {
-        "IdentityFile": tmp_path / "user",
-        "User": getpass.getuser(),
-        "HostName": "127.0.0.1",
-        "LogLevel": "ERROR",
-    }
-    client |= {"UserKnownHostsFile": "/dev/null", "StrictHostKeyChecking": "no"}
-    text = "\n".join(f"{name} {value}" for name, value in client.items())
-    (tmp_path / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in server.items()))
-    (tmp_path / "ssh_config").write_text(f"Host dead\nPort 1\nHost *\nPort {port}\n{text}\n")
-    process = subprocess.Popen([SSHD, "-D", "-e", "-f", tmp_path / "sshd_config"], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    if "listening" not in line:
-        process.kill()
-        pytest.skip(f"sshd does not start: {line}")
-    yield tmp_path / "ssh_config"
-    process.terminate()
-    process.wait(timeout=30)
-
-
 @pytest.mark.slow
-def test_two_hosts_over_ssh_and_one_that_does_not_answer(sshd: Path, ms3_shards: Path, tmp_path: Path) -> None:
-    (tmp_path / "hostfile").write_text("one slots=1\ntwo slots=1\ndead slots=1\n")
+@pytest.mark.multinode
+def test_two_hosts_and_one_whose_cable_is_pulled(ms3_shards: Path, tmp_path: Path) -> None:
+    """Started on the first host, over ssh, with nothing told but the hostfile; hosts with addresses of their own."""
+    if reason := namespaces.missing():
+        pytest.skip(reason)
+    (tmp_path / "hostfile").write_text("node-a slots=1\nnode-b slots=1\nnode-c slots=1\n")
     (tmp_path / "runs").mkdir()
-    # the name of this machine may lead to loopback, which is right only here
-    env = {**os.environ, "PDSH_SSH_ARGS_APPEND": f"-F {sshd}", "HOME": str(tmp_path)}
-    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=lo\n")
-    command = [sys.executable, "-m", "avs_dist.launch.doctor", "--json", "--hosts", tmp_path / "hostfile"]
-    command += ["--out-dir", tmp_path / "runs", "--shards", ms3_shards, "--master-addr", "127.0.0.1"]
-    command += ["--master-port", str(free_port())]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    (tmp_path / "keys").mkdir()
+    (tmp_path / ".deepspeed_env").write_text("OMP_NUM_THREADS=4096\n")
+    command = ["env", f"HOME={tmp_path}", sys.executable, "-m", "avs_dist.launch.doctor", "--json"]
+    command += ["--hosts", str(tmp_path / "hostfile")]
+    command += ["--out-dir", str(tmp_path / "runs"), "--shards", str(ms3_shards)]
+    with namespaces.running(3, tmp_path / "keys") as (first, _, dead):
+        dead.cut()
+        done = subprocess.run(first.command(command, ROOT), capture_output=True, text=True, timeout=200)
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
-    (dead,) = report["hosts"]["dead"]
-    assert (dead["state"], dead["name"]) == (FAIL, "reached")
-    assert "Connection refused" in dead["found"]
-    for name in ("one", "two"):
+    (row,) = report["hosts"]["node-c"]
+    assert (row["state"], row["name"]) == (FAIL, "reached")
+    assert "ssh ended with code 255" in row["found"]
+    for number, name in enumerate(("node-a", "node-b"), start=1):
         rows = {row["name"]: row for row in report["hosts"][name]}
         assert [row for row in rows.values() if row["state"] == FAIL] == []
+        assert rows["host name"]["found"] == f"{name} is 10.88.0.{number}"
         assert "20 clips" in rows["shards"]["found"]
         assert rows["slots"]["state"] in (OK, WARN)
+        assert "OMP_NUM_THREADS=4096" in rows["processors"]["found"]  # .deepspeed_env goes along
     rows = {row["name"]: row for row in report["rows"]}
-    assert {row["state"] for name, row in rows.items() if name != "pdsh"} == {OK}
+    assert {row["state"] for row in rows.values()} == {OK}
     assert "index.json of the shards" in rows["same on all hosts"]["found"]
+    assert rows["master port"]["found"] == "10.88.0.1:29500 is reached by all"
     assert "2 ranks: the sum of 16 MiB is right" in rows["collective of all hosts"]["found"]
     assert "seen by all" in rows["shared out dir"]["found"]
-    assert "reached by all" in rows["master port"]["found"]
     assert "ms apart" in rows["clocks"]["found"]
     assert list((tmp_path / "runs").iterdir()) == []
 
