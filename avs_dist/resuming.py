@@ -67,7 +67,7 @@ def _damage(folder: Path) -> str | None:
 
 def _set_aside(skipped: list[tuple[Path, str]]) -> None:
     for folder, reason in skipped if world.is_main() else ():
-        names = (f"damaged-{folder.name}{again}" for again in ("", *(f"-{number}" for number in itertools.count(2))))
+        names = (f"damaged-{folder.name}" + (f"-{again}" if again > 1 else "") for again in itertools.count(1))
         aside = next(path for path in map(folder.with_name, names) if not path.exists())
         tqdm.write(f"warning: {folder.name} is skipped, and kept as {aside.name}: {reason}", file=sys.stderr)
         os.replace(folder, aside)
