@@ -1,4 +1,4 @@
-"""Ranks without a launcher: processes that find each other, and that nothing but the test ends."""
+"""Ranks of real runs: under a launcher, or without one, so that nothing but the test ends them."""
 
 from __future__ import annotations
 
@@ -6,49 +6,115 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-DEADLINE_S = 180
+DEADLINE_S = 240.0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+class Launched:
+    """A process that runs, with all that it has started; what it tells goes to a file."""
+
+    def __init__(self, command: list[str], log: Path, extra: dict[str, str] | None = None) -> None:
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | (extra or {})
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+        self._log = log
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def told(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def family(self) -> list[psutil.Process]:
+        """All that it has started and that has its session still, also where it has ended."""
+        found = []
+        for each in psutil.process_iter():
+            try:
+                if os.getsid(each.pid) == self.process.pid and each.status() != psutil.STATUS_ZOMBIE:
+                    found.append(each)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+        return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """The training processes in the order of their ranks."""
+        found = {}
+        for each in self.family():
+            command = " ".join(each.cmdline())
+            if "train.py" in command and "RANK" in (env := each.environ()) and "spawn_main" not in command:
+                found[int(env["RANK"])] = each
+        return [found[rank] for rank in sorted(found)]
+
+    def launcher_of_ranks(self) -> psutil.Process:
+        """The process that started the ranks; `deepspeed` itself is the parent of that."""
+        parent = self.ranks()[0].parent()
+        assert parent is not None
+        return parent
+
+    def until(self, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+        end = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < end, self.told()[-5000:]
+            assert self.process.poll() is None, self.told()[-5000:]
+            time.sleep(0.1)
+
+    def ends(self, deadline_s: float = DEADLINE_S) -> int:
+        """Its exit code."""
+        try:
+            return self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it does not end: {self.told()[-5000:]}") from None
+
+    def kill(self) -> None:
+        for each in self.family():
+            try:
+                each.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self.process.wait()
 
 
 @contextmanager
-def started(command: list[str], ranks: int) -> Iterator[list[subprocess.Popen[str]]]:
-    """`command` (without the interpreter) as that many ranks; what is left of them ends with the block."""
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    processes = []
-    for rank in range(ranks):
-        env = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            end(process)
+def launched(launcher: Literal["deepspeed", "torchrun"], arguments: list[str]) -> Iterator[Launched]:
+    """launch/train.py as two ranks; nothing is left of them behind the block."""
+    start = {
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(_free_port())],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }[launcher]
+    with tempfile.TemporaryDirectory() as folder:
+        run = Launched([*start, "launch/train.py", *arguments], Path(folder, "log"))
+        try:
+            yield run
+        finally:
+            run.kill()
 
 
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill a process and all that it started."""
-    for each in [*family(process), *([psutil.Process(process.pid)] if process.poll() is None else [])]:
-        if each.is_running():
-            each.kill()
-    process.wait()
+@contextmanager
+def started(command: list[str], ranks: int = 2) -> Iterator[list[Launched]]:
+    """`command` (without the interpreter) as that many ranks without a launcher."""
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            runs.append(Launched([sys.executable, *command], Path(folder, f"log{rank}"), world | place))
+        try:
+            yield runs
+        finally:
+            for run in runs:
+                run.kill()
 
 
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """All that a process that still runs has started."""
-    return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
