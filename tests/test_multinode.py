@@ -110,23 +110,35 @@ def assert_same_run(run: Path, alone: Path) -> None:
     assert scores == pytest.approx(of_alone, rel=1e-3)
 
 
-def test_three_hosts_train_as_one_process(cluster: list[Host], ms3_shards: Path, alone: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    with launched(cluster, tmp_path, arguments(ms3_shards, run, "--engine.zero_stage", "2")) as job:
+def test_a_launcher_that_is_told_to_stop_leaves_a_run_that_goes_on(
+    cluster: list[Host], ms3_shards: Path, alone: Path, tmp_path: Path
+) -> None:
+    """The launcher closes its connections at once, and only then signals the ranks: they save unheard."""
+    pair, run = cluster[:2], tmp_path / "run"
+    command = arguments(ms3_shards, run, "--engine.zero_stage", "3", "--train.resume", "true")
+
+    with launched(pair, tmp_path, command) as job:
+        job.reaches(run, 3)
+        [launcher] = pair[0].processes("bin/deepspeed --hostfile")
+        os.kill(launcher, signal.SIGTERM)
+        assert job.ends() == 1, job.told()
+    assert "ranks: 0 on node-a 10.88.0.1, 1 on node-b 10.88.0.2" in job.told()
+    done = len(losses(run))
+    assert 3 <= done < STEPS
+
+    with launched(pair, tmp_path, command) as job:
         assert job.ends() == 0, job.told()
-    assert "engine=DeepSpeedEngine zero_stage=2 world_size=3" in job.told()
-    assert "ranks: 0 on node-a 10.88.0.1, 1 on node-b 10.88.0.2, 2 on node-c 10.88.0.3" in job.told()
+    assert f"resumed from {run / 'checkpoints'}/step-{done:06d}" in job.told()
     assert_same_run(run, alone)
 
 
 def test_a_cut_link_and_a_killed_rank_end_the_job_and_lose_nothing(
     cluster: list[Host], ms3_shards: Path, alone: Path, tmp_path: Path
 ) -> None:
-    """Under ZeRO-3; the same command goes on each time with the newest checkpoint, up to the end."""
+    """The same command goes on each time with the newest checkpoint, at last on three hosts."""
     pair, run = cluster[:2], tmp_path / "run"
-    command = arguments(
-        ms3_shards, run, "--engine.zero_stage", "3", "--train.save_every", "1", "--train.resume", "true"
-    )
+    more = ("--engine.zero_stage", "3", "--train.save_every", "1", "--train.resume", "true")
+    command = arguments(ms3_shards, run, *more)
 
     with launched(pair, tmp_path, [*command, "--engine.timeout_s", "10"]) as job:
         job.reaches(run, 3)
@@ -136,9 +148,9 @@ def test_a_cut_link_and_a_killed_rank_end_the_job_and_lose_nothing(
         finally:
             pair[1].mend()
     assert code not in (0, 75), job.told()
-    assert "zero_stage=3 world_size=2 device=cpu" in job.told()
-    assert "ranks: 0 on node-a 10.88.0.1, 1 on node-b 10.88.0.2" in job.told()
+    assert "engine=DeepSpeedEngine zero_stage=3 world_size=2" in job.told()
     assert "server node-b not responding" in job.told()
+    assert "rank 0 lost another rank while" in job.told()
     assert len(losses(run)) < STEPS
 
     with launched(pair, tmp_path, command) as job:
@@ -148,10 +160,13 @@ def test_a_cut_link_and_a_killed_rank_end_the_job_and_lose_nothing(
         code = job.ends()
     assert code not in (0, 75), job.told()
     assert "resumed from" in job.told()
+    assert "rank 0 lost another rank while" in job.told()
     assert len(losses(run)) < STEPS
 
-    with launched(pair, tmp_path, command) as job:
+    with launched(cluster, tmp_path, command) as job:
         assert job.ends() == 0, job.told()
+    assert "engine=DeepSpeedEngine zero_stage=3 world_size=3" in job.told()
+    assert "ranks: 0 on node-a 10.88.0.1, 1 on node-b 10.88.0.2, 2 on node-c 10.88.0.3" in job.told()
     assert "resumed from" in job.told()
     assert_same_run(run, alone)
 
