@@ -13,6 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from avs_dist import checkpoint
 from avs_dist.checkpoint import EXPORTED, WEIGHTS
 from avs_dist.config import Config, to_dict
@@ -56,6 +58,7 @@ def export(source: str | Path, out: str | Path) -> Path:
         staging.mkdir(parents=True)
         shutil.copyfile(folder / WEIGHTS, staging / WEIGHTS)
         checkpoint.verify(staging, weights)  # the copy, so that damage on either side is seen
+        _check_format(staging / WEIGHTS)
         with open(staging / WEIGHTS, "rb") as copy:
             os.fsync(copy.fileno())
         write_text(staging / EXPORTED, json.dumps({**facts, "config": config, "files": weights}, indent=1) + "\n")
@@ -65,6 +68,15 @@ def export(source: str | Path, out: str | Path) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
     sync_directory(out.parent)
     return out
+
+
+def _check_format(path: Path) -> None:
+    """Refuse to pass on what a manifest lists, but is something else, such as a pickle."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is not a safetensors file: {error}") from error
 
 
 def _portable(values: Any) -> Any:
