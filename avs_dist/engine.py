@@ -261,3 +261,6 @@ def _check_engine(engine: Any, config: Config) -> None:
             f"world sizes differ: torch.distributed {dist.get_world_size()}, deepspeed {engine.world_size}, "
             f"WORLD_SIZE {os.environ['WORLD_SIZE']}"
         )
+    for partition in optimizer_state.partitions(engine.module, engine.optimizer, world.rank()):
+        if partition.master.dtype != torch.float32:
+            raise RuntimeError(f"the optimiser updates weights in {partition.master.dtype}, not in float32")
