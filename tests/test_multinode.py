@@ -85,7 +85,8 @@ def launched(ranks: list[Host], folder: Path, options: list[str]) -> Iterator[Jo
     finally:
         for host in ranks:
             for pid in [*host.processes("deepspeed"), *host.processes("train.py")]:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it went with another one
+                    os.kill(pid, signal.SIGKILL)
         launcher.wait(30)
 
 
