@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic
@@ -32,7 +32,7 @@ class AgreedBatches(Generic[Batch]):
 
     def __init__(self, stream: TrainStream[Batch] | EvalStream[Batch], workers: int, damage: DamageLog) -> None:
         self._stream, self._workers, self._damage = stream, workers, damage
-        self._loaded = _iterate(stream, workers)
+        self._loaded, self._processes = _iterate(stream, workers)
         self._number = 0
 
     def __next__(self) -> Loaded[Batch]:
@@ -56,6 +56,7 @@ class AgreedBatches(Generic[Batch]):
             with phase(lambda: f"reading {self._stream.describe(self._number)}", patience):
                 batch = next(self._loaded)
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
+            _kill(self._processes)
             limit = f" (engine.timeout_s={watchdog.timeout_s():g})" if "timed out" in str(error) else ""
             return None, f"{_last_line(error)}{limit}; to be read: {self._stream.describe(self._number)}"
         if batch.batch is None:
@@ -69,8 +70,10 @@ def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1]}"
 
 
-def _iterate(stream: TrainStream[Batch] | EvalStream[Batch], workers: int) -> Iterator[Loaded[Batch]]:
-    """Batches of a stream, made by so many processes; 0 makes them in this one."""
+def _iterate(
+    stream: TrainStream[Batch] | EvalStream[Batch], workers: int
+) -> tuple[Iterator[Loaded[Batch]], set[BaseProcess]]:
+    """Batches of a stream, and the processes that make them; where there are none this one does."""
     # the stream is already split over ranks and workers and yields whole batches
     loader = DataLoader(
         stream,
@@ -83,30 +86,34 @@ def _iterate(stream: TrainStream[Batch] | EvalStream[Batch], workers: int) -> It
         timeout=watchdog.timeout_s() if workers else 0,
     )
     if not workers:
-        return iter(loader)
+        return iter(loader), set()
     with deaf():
         resource_tracker.ensure_running()  # unblocks SIGTERM where it starts its process
-    before, children = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+    handler, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
     with deaf():
         loaded = iter(loader)
-    _loading.update(set(multiprocessing.active_children()) - children)
+    processes = set(multiprocessing.active_children()) - others
+    _loading.update(processes)
     # torch's handler raises wherever this process is when a loading process dies, in the middle of a collective too;
     # without it the death is noticed where the next batch is taken, and the other ranks can be told
-    if signal.getsignal(signal.SIGCHLD) != before:
-        signal.signal(signal.SIGCHLD, before)
-    return loaded
+    if signal.getsignal(signal.SIGCHLD) != handler:
+        signal.signal(signal.SIGCHLD, handler)
+    return loaded, processes
 
 
 def _begin_loading(_: int) -> None:
     die_with_parent()
 
 
-@atexit.register
-def _end_loading() -> None:
-    """A loading process that is stuck does not hear the SIGTERM with which Python would end it, and wait for ever."""
-    for process in _loading:
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    """End loading processes that may be stuck: they do not hear the SIGTERM with which Python ends its children, before
+    it waits for them."""
+    for process in processes:
         if process.is_alive():
             process.kill()
+
+
+atexit.register(_kill, _loading)
 
 
 def _as_it_is(loaded: Any) -> Any:

@@ -31,16 +31,23 @@ class Fault(NamedTuple):
 
     terms:    losses that are not finite, as text.
     gradient: a gradient is not finite, or so large that its square is not.
+    buffers:  names of buffers that the forward pass left not finite, such as batch statistics.
     clips:    names of the clips of the micro-batches where that arose.
     """
 
     rank: int
     terms: dict[str, str]
     gradient: bool
+    buffers: list[str]
     clips: list[str]
 
+    @property
+    def is_empty(self) -> bool:
+        return not (self.terms or self.gradient or self.buffers)
+
     def __str__(self) -> str:
-        what = [*(f"{name} {value}" for name, value in self.terms.items()), *(["gradient"] if self.gradient else [])]
+        what = [f"{name} {value}" for name, value in self.terms.items()] + ["gradient"] * self.gradient
+        what += self.buffers[:_TOLD]
         more = f" and {len(self.clips) - _TOLD} more" if len(self.clips) > _TOLD else ""
         return f"rank {self.rank}: {', '.join(what)}; clips {', '.join(self.clips[:_TOLD])}{more}"
 
@@ -49,7 +56,8 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient of a step was not finite; raised on all ranks alike, once the step is undone on all."""
 
     def __init__(self, step: int, faults: Sequence[Fault], before: str = "") -> None:
-        what = "loss" if any(fault.terms for fault in faults) else "gradient"
+        kinds = {"loss": "terms", "gradient": "gradient", "buffer": "buffers"}
+        what = next((kind for kind, name in kinds.items() if any(getattr(f, name) for f in faults)), "gradient")
         super().__init__(
             f"{before}step {step}: {what} is not finite ({'. '.join(map(str, faults))}); lower optim.lr, set "
             "optim.clip_norm, or leave these clips out of the shards"
@@ -71,6 +79,8 @@ class StepGuard:
     def __init__(self, system: nn.Module, optimizer: torch.optim.Optimizer, accumulation: int) -> None:
         self._system, self._accumulation = system, accumulation
         self._kept: list[Tensor] = []
+        # a constant may be infinite on purpose
+        self._watched = {name for name, buffer in system.named_buffers() if _is_finite(buffer)}
         self._norms: list[Tensor] = []
         self._seen: list[tuple[Sequence[str], dict[str, Tensor], Tensor]] = []
         self._withheld: list[tuple[Tensor, Tensor]] = []
@@ -105,25 +115,33 @@ class StepGuard:
         steps of an infinite norm in some stages and not in others, never decides otherwise.
         """
         squares = torch.stack([squares for _, _, squares in self._seen]).double().sum()
-        numbers = torch.stack([*(value.double() for value in terms.values()), squares])
+        numbers = torch.stack([*(value.double() for value in terms.values()), self._largest(squares), squares])
         dist.all_reduce(numbers)
-        *sums, total = numbers.tolist()
+        *sums, largest, total = numbers.tolist()
         means = {name: value / dist.get_world_size() for name, value in zip(terms, sums, strict=True)}
         losses = [value for name, value in means.items() if not name.startswith(OBSERVED)]
-        self.refuses = not (all(map(math.isfinite, losses)) and total * self._accumulation <= _MAX_SQUARES)
+        finite = all(map(math.isfinite, [*losses, largest])) and total * self._accumulation <= _MAX_SQUARES
+        self.refuses = not finite
         return means
+
+    def _largest(self, like: Tensor) -> Tensor:
+        """Largest magnitude in the watched buffers."""
+        buffers = [buffer for name, buffer in self._system.named_buffers() if name in self._watched]
+        if not buffers:
+            return torch.zeros_like(like)
+        return torch.stack([norm.to(like) for norm in torch._foreach_norm(buffers, math.inf)]).amax()
 
     @torch.no_grad()
     def undo(self, step: int) -> NonFiniteError:
         """Put the buffers back and find out where it came from; collective."""
+        faults = world.gather_objects(self._fault())
         for buffer, kept in zip(self._system.buffers(), self._kept, strict=True):
             buffer.copy_(kept)
         self.refuses = False
-        faults = world.gather_objects(self._fault())
-        arose = [fault for fault in faults if fault.terms or fault.gradient]
-        return NonFiniteError(step, arose or faults)
+        return NonFiniteError(step, [fault for fault in faults if not fault.is_empty] or faults)
 
     def _fault(self) -> Fault:
+        spoilt = [name for name, each in self._system.named_buffers() if name in self._watched and not _is_finite(each)]
         terms: dict[str, str] = {}
         clips: list[str] = []
         gradient = False
@@ -132,8 +150,8 @@ class StepGuard:
             large = not squares.double().item() * self._accumulation <= _MAX_SQUARES
             terms |= bad
             gradient |= large
-            clips += keys if bad or large else ()
-        return Fault(world.rank(), terms, gradient, clips)
+            clips += keys if bad or large or spoilt else ()
+        return Fault(world.rank(), terms, gradient, spoilt, clips)
 
     def _note_gradient(self, gradient: Tensor) -> None:
         self._norms.append(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
@@ -150,6 +168,10 @@ class StepGuard:
         for parameter, gradient in self._withheld:
             parameter.grad = gradient
         self._withheld = []
+
+
+def _is_finite(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() and buffer.numel() > 0 and bool(buffer.isfinite().all())
 
 
 class SkippedSteps:

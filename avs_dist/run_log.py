@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -84,6 +87,8 @@ class RunLog:
 
     def evaluation(self, step: int, metrics: dict[str, float], codes: dict[str, float]) -> None:
         if self._main:
+            if self._board is None:  # there may be room again
+                self._try(lambda: setattr(self, "_board", self._open_board(None)))
             self._bar.write(f"step {step}: " + "  ".join(f"{k}={v:.4f}" for k, v in metrics.items()))
             self._write("eval", step, metrics)
             if codes:
@@ -91,15 +96,22 @@ class RunLog:
             self._since = time.monotonic()
 
     def _write(self, phase: str, step: int, values: dict[str, Any]) -> None:
-        self._try(lambda: self._records.write(json.dumps({"phase": phase, "step": step, **values}) + "\n"))
-        self._try(self._records.flush)  # what could not be written stays in its buffer, for the next time
+        self._try(lambda: self._append(json.dumps({"phase": phase, "step": step, **values}) + "\n"))
         for name, value in values.items():
             self._draw(f"{phase}/{name}", value, step)
 
+    def _append(self, line: str) -> None:
+        """A whole line of metrics.jsonl, or nothing of it."""
+        data, end = line.encode(), self._records.seek(0, os.SEEK_END)
+        try:
+            if self._records.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._records.truncate(end)
+            raise
+
     def _draw(self, name: str, value: float, step: int) -> None:
-        """A point on TensorBoard, whose writer never recovers from an error: then another one takes its place."""
-        if self._board is None:
-            self._try(lambda: setattr(self, "_board", self._open_board(None)))
+        """A point on TensorBoard, whose writer never recovers from an error."""
         if self._board is not None and not self._try(lambda: self._board.add_scalar(name, value, step)):  # type: ignore[union-attr]
             self._board = None
 
@@ -125,10 +137,10 @@ class RunLog:
         return True
 
 
-def _open_records(path: Path, first_step: int) -> TextIO:
+def _open_records(path: Path, first_step: int) -> FileIO:
     """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, as it is redone,
     and so is a line torn by a crash."""
     old = path.read_text().splitlines() if path.is_file() else []
     kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= first_step]
     write_text(path, "".join(f"{line}\n" for line in kept))
-    return open(path, "a")
+    return FileIO(path, "a")

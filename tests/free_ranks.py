@@ -17,6 +17,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 240.0
+_MARK = "AVS_TEST_RUN"
 
 
 class Launched:
@@ -24,6 +25,8 @@ class Launched:
 
     def __init__(self, command: list[str], log: Path, extra: dict[str, str] | None = None) -> None:
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | (extra or {})
+        self._mark = f"{os.getpid()}-{time.monotonic_ns()}"
+        env[_MARK] = self._mark
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
         self._log = log
         with open(log, "w") as out:
@@ -35,13 +38,13 @@ class Launched:
         return self._log.read_text(errors="replace")
 
     def family(self) -> list[psutil.Process]:
-        """All that it has started and that has its session still, also where it has ended."""
+        """All processes that it has started, directly or not, and that still run: they have its environment."""
         found = []
         for each in psutil.process_iter():
             try:
-                if os.getsid(each.pid) == self.process.pid and each.status() != psutil.STATUS_ZOMBIE:
+                if each.environ().get(_MARK) == self._mark and each.status() != psutil.STATUS_ZOMBIE:
                     found.append(each)
-            except (ProcessLookupError, psutil.NoSuchProcess):
+            except psutil.Error:
                 continue
         return found
 
@@ -99,13 +102,14 @@ def launched(launcher: Literal["deepspeed", "torchrun"], arguments: list[str]) -
 
 
 @contextmanager
-def started(command: list[str], ranks: int = 2) -> Iterator[list[Launched]]:
-    """`command` (without the interpreter) as that many ranks without a launcher."""
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+def started(*commands: list[str]) -> Iterator[list[Launched]]:
+    """Ranks without a launcher, each by its own command (without the interpreter)."""
+    ranks = str(len(commands))
+    world = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     with tempfile.TemporaryDirectory() as folder:
         runs = []
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+        for rank, command in enumerate(commands):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": ranks}
             runs.append(Launched([sys.executable, *command], Path(folder, f"log{rank}"), world | place))
         try:
             yield runs

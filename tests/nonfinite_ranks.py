@@ -78,7 +78,16 @@ def main() -> None:
     world.start(60.0)
     for name, precision, stage in (case.split("-") for case in sys.argv[1:]):
         make, batches = {"unicode": (small_config, unicode_batches), "tpavi": (tpavi_config, tpavi_batches)}[name]
-        settings = ("--engine.precision", precision, "--engine.zero_stage", stage, "--engine.timeout_s", "60", "--train.global_batch", "8")
+        settings = (
+            "--engine.precision",
+            precision,
+            "--engine.zero_stage",
+            stage,
+            "--engine.timeout_s",
+            "60",
+            "--train.global_batch",
+            "8",
+        )
         config = make(*settings)
         errors: list[NonFiniteError] = []
         with_faults = run(config, batches, [0, 1, 2, 3, 4], errors)
