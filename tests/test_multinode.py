@@ -170,23 +170,3 @@ def test_a_cut_link_and_a_killed_rank_end_the_job_and_lose_nothing(
     assert "ranks: 0 on node-a 10.88.0.1, 1 on node-b 10.88.0.2, 2 on node-c 10.88.0.3" in job.told()
     assert "resumed from" in job.told()
     assert_same_run(run, alone)
-
-
-def test_the_doctor_looks_at_all_hosts(cluster: list[Host], tmp_path: Path) -> None:
-    (tmp_path / "hostfile").write_text("".join(f"{host.name} slots=1\n" for host in cluster))
-    doctor = [sys.executable, "launch/doctor.py", "--hosts", str(tmp_path / "hostfile"), "--out-dir", str(tmp_path)]
-    cluster[2].cut()
-    try:
-        command = cluster[0].command([*doctor, "--json"], ROOT)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
-    finally:
-        cluster[2].mend()
-    assert done.returncode == 1, done.stderr
-    told = json.loads(done.stdout)
-    [lost] = told["hosts"]["node-c"]
-    assert (lost["state"], lost["name"]) == ("fail", "reached")
-    assert "node-c" in lost["found"]
-    together = {row["name"]: (row["state"], row["found"]) for row in told["rows"]}
-    assert together["master port"] == ("ok", "10.88.0.1:29500 is reached by all")
-    assert together["collective of all hosts"][0] == "ok"
-    assert "2 ranks" in together["collective of all hosts"][1]
