@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from avs_dist import engine, world
 from avs_dist.launch.train import parse_config
@@ -31,12 +30,10 @@ def main(out: Path, arguments: list[str]) -> None:
     for step, batches in enumerate(TrainBatches(config, index)):
         losses.append(running.train_step(batches, step))
     hashes = world.gather_objects({name: _hash(buffer) for name, buffer in running.system.named_buffers()})
-    weights = {name: tensor.contiguous() for name, tensor in running.full_weights()}
     if world.is_main():
         if config.engine.zero_stage < 3:  # which gathers the weights of what is called
             running.encode(batches[0])
         assert running.describe().startswith("engine=DeepSpeedEngine")
-        save_file(weights, out / "weights.safetensors")
         found = {"losses": losses, "hashes": hashes, "engine": running.describe()}
         (out / "found.json").write_text(json.dumps(found))
     world.barrier()

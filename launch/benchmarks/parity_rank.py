@@ -7,6 +7,7 @@ it has come to its end, and a line on stdout.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def _run(case: Case, config: Config, out: Path, device: torch.device) -> None:
     losses = []
     for step, batches in enumerate(TrainBatches(config, index)):
         losses.append(engine.train_step([task.augment(batch, step) for batch in batches], step))
+    _check_buffers(engine)
     metrics, codes = task.evaluate(engine)
     _save_weights(engine, out / f"{case.name}.safetensors")
     if world.is_main():
@@ -61,6 +63,18 @@ def _run(case: Case, config: Config, out: Path, device: torch.device) -> None:
         write_text(out / f"{case.name}.json", json.dumps(found))
         print(f"{DONE}{case.name}", flush=True)
     world.barrier()
+
+
+def _check_buffers(engine: Engine) -> None:
+    """Codebook and running statistics are kept by every rank for itself, and must not drift.
+
+    Raises:
+        RuntimeError: they are not the same on all ranks, bit for bit.
+    """
+    buffers = dict(engine.system.named_buffers())
+    hashes = {name: hashlib.sha256(buffer.cpu().numpy().tobytes()).hexdigest() for name, buffer in buffers.items()}
+    if drifted := {name for each in world.gather_objects(hashes) for name in each if each[name] != hashes[name]}:
+        raise RuntimeError(f"not the same on all ranks: {', '.join(sorted(drifted))}")
 
 
 @torch.no_grad()
