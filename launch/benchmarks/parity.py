@@ -12,15 +12,12 @@ case is further from one process than the tolerance.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import shlex
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -31,6 +28,8 @@ from tqdm import tqdm
 from avs_dist.launch.benchmarks import parity_rank, report
 from avs_dist.launch.benchmarks.parity_cases import SYSTEMS, Case, Data, table
 from avs_dist.launch.benchmarks.parity_compare import Difference, Found, Row, as_json, compare, markdown
+from avs_dist.launch.benchmarks.ranks import environment, launcher
+from avs_dist.launch.benchmarks.small_shards import make_shards
 from avs_dist.launch.cli import OneLineErrors
 from avs_dist.shards.files import write_text
 
@@ -46,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--systems, --stages, --ranks: one process with ZeRO 0 is what the others are compared with")
     with tempfile.TemporaryDirectory(prefix="bench-parity-") as root:
         shards: dict[Data, str] = {
-            "clips": args.clips or _make(Path(root), "clips"),
-            "sequences": args.sequences or _make(Path(root), "sequences"),
+            "clips": args.clips or make_shards(Path(root), "clips"),
+            "sequences": args.sequences or make_shards(Path(root), "sequences"),
         }
         trainings = Trainings(Path(root), args.steps, shards, args.limit_s)
         trainings.run(list(dict.fromkeys([*(case.reference for case in cases), *cases])))
@@ -121,10 +120,10 @@ class Trainings:
         plan = {"out": str(self.root), "steps": self.steps, "shards": self.shards}
         plan_file = self.root / "plan.json"
         write_text(plan_file, json.dumps({**plan, "cases": [dataclasses.asdict(case) for case in cases]}))
-        command = [*_launcher(ranks), parity_rank.__file__, str(plan_file)]
+        command = [*launcher(ranks), parity_rank.__file__, str(plan_file)]
         lines: list[str] = []
         with subprocess.Popen(
-            command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as launched:
             limit = threading.Timer(self.limit_s, launched.terminate)
             limit.start()
@@ -136,37 +135,6 @@ class Trainings:
             limit.cancel()
         told = [line for line in lines if "Error" in line] or lines
         return told[-1] if told else f"exit code {launched.returncode}"
-
-
-def _launcher(ranks: int) -> list[str]:
-    if ranks == 1:
-        return [sys.executable]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)]
-
-
-def _environment() -> dict[str, str]:
-    """One thread for each rank, whatever their number: threads share sums out, and round them in another order."""
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**env, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
-
-
-def _make(root: Path, data: Data) -> str:
-    """Small synthetic shards."""
-    from avs_dist.launch import shards, synth
-
-    clips, out = root / f"{data}-media", root / data
-    settings = {
-        "clips": (["ms3", "--clips", "20", "--size", "64"], ["avsbench-ms3", "--size", "64", "--root", str(clips)]),
-        "sequences": (["cmg", "--clips", "80"], ["vggsound-avel", "--root", str(clips / "VGGSound-AVEL")]),
-    }
-    made, built = settings[data]
-    with contextlib.redirect_stdout(sys.stderr):
-        synth.main(["--out", str(clips), "--seed", "3", "--setting", *made])
-        shards.main(["build", "--out", str(out), "--source", *built])
-    return str(out)
 
 
 def _facts(command: str, precision: str, steps: int) -> dict[str, object]:
