@@ -13,6 +13,8 @@ from torch.distributed import distributed_c10d
 
 # a rank that has no batch in time can still tell the others before they give it up
 PATIENCE = 1.25
+# ranks may come at very different times: those of slow hosts import for minutes
+LATEST_START_S = 300.0
 
 
 def start(timeout_s: float = 0.0) -> torch.device:
@@ -33,13 +35,29 @@ def start(timeout_s: float = 0.0) -> torch.device:
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(threads))))
     if not is_distributed():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # the ranks may come at very different times: torch's default is the limit for that
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:  # one alone may be left over
-            dist.init_process_group(backend)
+            _meet(backend, timeout_s)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     limit_waiting(timeout_s)
     return device
+
+
+def _meet(backend: str, timeout_s: float) -> None:
+    """Wait for all ranks of the launcher.
+
+    Raises:
+        RuntimeError: some have not come in time.
+    """
+    limit_s = max(timeout_s * PATIENCE, LATEST_START_S) if timeout_s else None
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=limit_s) if limit_s else None)
+    except dist.DistError as error:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise RuntimeError(
+            f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} has not met all others at {where} ({error}): "
+            "is a host down or a port closed? Look with `avs-dist doctor --hosts HOSTFILE`"
+        ) from error
 
 
 def limit_waiting(timeout_s: float) -> None:

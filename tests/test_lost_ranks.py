@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from test_damage_in_training import arguments, records, write_set
 from test_preemption import LONG, begin
 
 from avs_dist.checkpoint import find_checkpoint
+from avs_dist.launch.checks.collective import free_port
 from avs_dist.launch.train import main as train
 
 END_S = 90.0  # a launcher gives its ranks 30 s, on a machine that has other work
@@ -82,3 +84,16 @@ def test_a_rank_that_is_stuck_says_where_and_ends() -> None:
     assert done.stdout == "in time\n"
     assert "rank 0 is stuck while evaluating step 8: more than 1.5 s (engine.timeout_s=1)" in done.stderr
     assert 'File "<string>", line 9 in <module>' in done.stderr
+
+
+ALONE = "from avs_dist import world; world.LATEST_START_S = 2.0; world.start(1.0)"
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_without_end() -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", ALONE]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True, timeout=60)
+    told = done.stderr.splitlines()[-1]
+    assert re.search(r"RuntimeError: rank 0 of 2 has not met all others.*1/2 clients joined.*avs-dist doctor", told), (
+        told
+    )
