@@ -28,9 +28,10 @@ def processors(options: Options) -> Row:
     found = f"{allowed} of {there} processors for this process"
     if quota := _quota():
         found += f", {quota:g} by the quota of its container"
-    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads := os.environ.get("OMP_NUM_THREADS", ""):
+        found += f", OMP_NUM_THREADS={threads}"
     if threads.isdigit() and int(threads) > allowed:
-        return Row(WARN, "processors", f"{found}, OMP_NUM_THREADS={threads}", f"set it to {allowed} or less")
+        return Row(WARN, "processors", found, f"set OMP_NUM_THREADS to {allowed} or less")
     if min(allowed, quota or allowed) < 2:
         return Row(WARN, "processors", found, "ask for more for each task: reading clips needs some of its own")
     return Row(OK, "processors", found)
