@@ -217,7 +217,8 @@ class EngineConfig:
 
     Args:
         zero_stage: ZeRO stage: 0 none, 1 optimiser states, 2 + gradients, 3 + parameters are sharded over ranks.
-        precision: Arithmetic of the network: fp32 or bf16 (losses stay in fp32).
+        precision: Arithmetic of the network: fp32 or bf16 (losses stay in fp32, and so do the optimiser's weights and
+            moments and the sums of gradients; ZeRO 0 adds the micro-batches of a rank up in bf16).
         grad_accumulation: Micro-batches summed before a step; train.global_batch is split over them and the ranks.
         timeout_s: Longest time that a rank waits for its next batch or is in one step; it waits a quarter longer for
             other ranks. Then the run ends and says who waited for what. 0 = torch's limits for other ranks, none else.

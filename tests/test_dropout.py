@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from avs_dist.draws import ClipDraws
-from avs_dist.modules.dropout import BITS, ClipDropout, uniform_bits
+from avs_dist.modules.backbone import Backbone
+from avs_dist.modules.dropout import BITS, ClipDropout, ClipDropPath, uniform_bits
 from avs_dist.modules.sequence_encoders import TemporalEncoder
 
 KEYS = tuple(f"clip{i}" for i in range(6))
@@ -55,3 +56,22 @@ def test_bits_are_uniform_and_rows_unrelated():
     related = (centred @ centred.T / 512 * 12).fill_diagonal_(0.0)
     assert related.abs().max().item() < 6 / 512**0.5
     assert (centred[1:, :-1] * centred[:-1, 1:]).mean().item() * 12 == pytest.approx(0.0, abs=0.01)
+
+
+def test_stochastic_depth_of_a_frame_does_not_depend_on_the_others_and_is_repeated():
+    torch.manual_seed(0)
+    backbone = Backbone("pvt_v2_b0").double()
+    frames, draws = torch.randn(6, 3, 32, 32, dtype=torch.float64), ClipDraws(3, 7, KEYS).numbers("backbone")
+    paths = [module for module in backbone.modules() if isinstance(module, ClipDropPath)]
+    assert (
+        len({path.place for path in paths}) == len(paths) == 14
+    )  # two of each of eight blocks; the first drop nothing
+    for path in paths:
+        path.rate = 0.5
+    together = backbone(frames, draws)[-1]
+    apart = [backbone(frames[rows], draws[rows])[-1] for rows in (slice(0, 1), slice(1, 6))]
+    torch.testing.assert_close(torch.cat(apart), together, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(backbone(frames, draws + 1)[-1], together)
+    assert not torch.allclose(backbone(frames)[-1], backbone(frames)[-1])  # without numbers torch draws
+    backbone.eval()
+    assert torch.equal(backbone(frames, draws)[-1], backbone(frames)[-1])

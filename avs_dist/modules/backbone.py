@@ -7,8 +7,10 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from avs_dist.modules.dropout import ClipDropPath
 from avs_dist.modules.norm import synchronise_batchnorm
 from avs_dist.modules.weights import channels_last, first_lines, read_state_dict
 
@@ -38,11 +40,28 @@ class Backbone(nn.Module):
             raise ValueError(f"model.backbone.name: {name} has stages at strides {reduction}, need {STRIDES}")
         self.channels: list[int] = self.model.feature_info.channels()[-4:]
         synchronise_batchnorm(self.model)
+        self._paths = _clip_paths(self.model)
         channels_last(self)
 
-    def forward(self, frames_NCHW: Tensor) -> list[Tensor]:
+    def forward(self, frames_NCHW: Tensor, draws_N: Tensor | None = None) -> list[Tensor]:
+        """Args:
+        draws_N: numbers of the frames, see `ClipDropout`, for a model with stochastic depth in training.
+        """
+        for path in self._paths:
+            path.draws_N = draws_N
         features = self.model(frames_NCHW.contiguous(memory_format=torch.channels_last))
         return [f.contiguous(memory_format=torch.channels_last) for f in features[-4:]]
+
+
+def _clip_paths(model: nn.Module) -> list[ClipDropPath]:
+    """Replace the stochastic depth of timm, where each process draws for itself."""
+    found: list[ClipDropPath] = []
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, DropPath):
+                found.append(ClipDropPath(child.drop_prob, place=len(found)))
+                setattr(module, name, found[-1])
+    return found
 
 
 def _create(name: str, weights: str) -> Any:

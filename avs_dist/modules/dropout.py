@@ -1,4 +1,4 @@
-"""Dropout whose draws belong to the clip, not to the process that computes it."""
+"""Dropout and stochastic depth whose draws belong to the clip, not to the process that computes it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,23 @@ class ClipDropout(nn.Module):
             return F.dropout(x_Nx, self.rate)
         kept_Nx = uniform_bits(draws_N + self.place, x_Nx[0].numel()).view(x_Nx.shape) >= self.rate * 2**BITS
         return x_Nx * kept_Nx / (1.0 - self.rate)
+
+
+class ClipDropPath(ClipDropout):
+    """Stochastic depth: drops a whole row, and scales the others up.
+
+    Attributes:
+        draws_N: see `ClipDropout`; set before each run, as the blocks of timm hand on nothing but their rows. It stays,
+            so that a block which is run again drops the same.
+    """
+
+    draws_N: Tensor | None = None
+
+    def forward(self, x_Nx: Tensor, draws_N: Tensor | None = None) -> Tensor:
+        if not self.active:
+            return x_Nx
+        ones_N1 = x_Nx.new_ones(len(x_Nx), *[1] * (x_Nx.dim() - 1))
+        return x_Nx * super().forward(ones_N1, self.draws_N if draws_N is None else draws_N)
 
 
 def uniform_bits(draws_N: Tensor, length: int) -> Tensor:

@@ -68,7 +68,8 @@ class DiffusionSystem(System):
     def loss_terms(self, clip: Clip, step: int) -> dict[str, Tensor]:
         """Eq. 12: the segmentation loss under its name, "denoising", "contrastive", and "avm" and "mix" where they
         are configured."""
-        seen, draws = see_and_hear(self.trunk, clip), ClipDraws(self.config.seed, step, clip.key)
+        draws = ClipDraws(self.config.seed, step, clip.key)
+        seen = see_and_hear(self.trunk, clip, draws)
         weights = self.config.loss.diffusion
         rows = CodeRows(self.config.model.diffusion.per, seen.exist, with_mask(clip))
         scene = self.generator.prepare(self.trunk, seen)

@@ -73,8 +73,8 @@ class ECMVAESystem(System):
     def loss_terms(self, clip: Clip, step: int) -> dict[str, Tensor]:
         """Eq. 13: "posterior" and "prior" reconstruction, "kl" and "divergence" of the codes, "orthogonality",
         "information" and "avm", each weighted and where it is configured."""
-        seen = see_and_hear(self.trunk, clip)
         draws = ClipDraws(self.config.seed, step, clip.key)
+        seen = see_and_hear(self.trunk, clip, draws)
         scene = self.generator.prepare(self.trunk, seen)
         prior = self._paint("prior", self.generator, seen, scene, self._prior_codes(seen), draws)
         posterior = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from avs_dist.clip import Clip
 from avs_dist.config import ModelConfig
+from avs_dist.draws import ClipDraws
 from avs_dist.modules.decoder import Skips, build_decoder
 from avs_dist.semantic import mask_pictures, sounding_logits
 from avs_dist.systems.trunk import NUM_STAGES, Existing, Trunk, build_necks
@@ -102,9 +103,9 @@ class Generator(nn.Module):
         )
 
 
-def see_and_hear(trunk: Trunk, clip: Clip) -> Seen:
+def see_and_hear(trunk: Trunk, clip: Clip, draws: ClipDraws | None = None) -> Seen:
     exist = Existing(clip.valid_BT)
-    return Seen(exist, exist.select(clip.normalised_BTCHW), trunk.see(clip, exist), trunk.hear(clip, exist))
+    return Seen(exist, exist.select(clip.normalised_BTCHW), trunk.see(clip, exist, draws), trunk.hear(clip, exist))
 
 
 def posterior_pictures(clip: Clip, seen: Seen, num_classes: int) -> Tensor:

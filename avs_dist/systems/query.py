@@ -11,6 +11,7 @@ from torch import Tensor
 
 from avs_dist.clip import Clip
 from avs_dist.config import Config
+from avs_dist.draws import ClipDraws
 from avs_dist.systems.base import Prediction, Query, System
 from avs_dist.systems.generator import Generator, Masks, Seen
 from avs_dist.systems.matching import check_matching, matching_terms
@@ -47,8 +48,9 @@ class QuerySystem(System):
 
     def loss_terms(self, clip: Clip, step: int) -> dict[str, Tensor]:
         """The segmentation loss under its name, "mix" of the transformer decoder, and "avm" where configured; `step`
-        has no influence."""
-        seen, masks = self._paint(clip, self.config.model.query.modality)
+        has no influence but on stochastic depth."""
+        draws = ClipDraws(self.config.seed, step, clip.key)
+        seen, masks = self._paint(clip, self.config.model.query.modality, draws)
         matching = matching_terms(self.config, clip, masks, self.trunk, seen)
         return segmentation_terms(self.config, clip, masks) | matching
 
@@ -62,10 +64,10 @@ class QuerySystem(System):
             _, masks = self._paint(clip, self.query)
             return Prediction(masks.logits_BTHW, class_logits_BTKHW=masks.class_logits_BTKHW)
 
-    def _paint(self, clip: Clip, query: Query) -> tuple[Seen, Masks]:
+    def _paint(self, clip: Clip, query: Query, draws: ClipDraws | None = None) -> tuple[Seen, Masks]:
         codes_BTD = self.encoder(clip, query)
         exist = Existing(clip.valid_BT)
-        seen = Seen(exist, exist.select(clip.normalised_BTCHW), self.trunk.see(clip, exist), codes_BTD)
+        seen = Seen(exist, exist.select(clip.normalised_BTCHW), self.trunk.see(clip, exist, draws), codes_BTD)
         return seen, self.generator.paint(self.trunk, seen, self.generator.prepare(self.trunk, seen))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from avs_dist.clip import Clip
 from avs_dist.config import Config
+from avs_dist.draws import ClipDraws
 from avs_dist.systems.base import Prediction, System
 from avs_dist.systems.generator import Generator, Masks, Seen, see_and_hear
 from avs_dist.systems.matching import check_matching, matching_terms
@@ -33,8 +34,8 @@ class TPAVISystem(System):
 
     def loss_terms(self, clip: Clip, step: int) -> dict[str, Tensor]:
         """The segmentation loss under its name, "mix" of the transformer decoder, and "avm" where configured; `step`
-        has no influence."""
-        seen, masks = self._paint(clip)
+        has no influence but on stochastic depth."""
+        seen, masks = self._paint(clip, ClipDraws(self.config.seed, step, clip.key))
         matching = matching_terms(self.config, clip, masks, self.trunk, seen)
         return segmentation_terms(self.config, clip, masks) | matching
 
@@ -44,6 +45,6 @@ class TPAVISystem(System):
             _, masks = self._paint(clip)
             return Prediction(masks.logits_BTHW, class_logits_BTKHW=masks.class_logits_BTKHW)
 
-    def _paint(self, clip: Clip) -> tuple[Seen, Masks]:
-        seen = see_and_hear(self.trunk, clip)
+    def _paint(self, clip: Clip, draws: ClipDraws | None = None) -> tuple[Seen, Masks]:
+        seen = see_and_hear(self.trunk, clip, draws)
         return seen, self.generator.paint(self.trunk, seen, self.generator.prepare(self.trunk, seen))

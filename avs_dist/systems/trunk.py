@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from avs_dist.clip import Clip
 from avs_dist.config import ModelConfig
+from avs_dist.draws import ClipDraws
 from avs_dist.modules.audio import AUDIO_CHANNELS, build_audio_encoder
 from avs_dist.modules.backbone import Backbone
 from avs_dist.modules.neck import build_neck
 from avs_dist.modules.tpavi import TPAVI
 
 NUM_STAGES = 4
+PLACES = 1 << 20  # more than any backbone has places of stochastic depth
 
 
 class Existing:
@@ -80,9 +83,15 @@ class Trunk(nn.Module):
             }
         )
 
-    def see(self, clip: Clip, exist: Existing) -> list[Tensor]:
-        """Feature maps of the four stages [N,C_s,h,w]."""
-        return self.backbone(exist.select(clip.normalised_BTCHW))
+    def see(self, clip: Clip, exist: Existing, draws: ClipDraws | None = None) -> list[Tensor]:
+        """Feature maps of the four stages [N,C_s,h,w]; `draws` for a backbone with stochastic depth, in training."""
+        frames_BTCHW = clip.normalised_BTCHW
+        draws_N = None
+        if draws is not None:
+            numbers_B1 = draws.numbers("backbone")[:, None].to(frames_BTCHW.device, non_blocking=True)
+            frame_T = torch.arange(frames_BTCHW.shape[1], device=frames_BTCHW.device)
+            draws_N = exist.select(numbers_B1 + frame_T * PLACES)
+        return self.backbone(exist.select(frames_BTCHW), draws_N)
 
     def hear(self, clip: Clip, exist: Existing) -> Tensor | None:
         """One vector a second [B,T,128]; None where nothing listens. A stored one saves the encoder the work."""

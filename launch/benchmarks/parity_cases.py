@@ -61,7 +61,7 @@ SYSTEMS = {
 SEPARABLE = Trained(
     "clips",
     ("demo.yaml",),
-    (*_MASKS, "--model.backbone.name", "test_convnext", "--model.tpavi.stages", "[]"),
+    (*_MASKS, "--model.backbone.name", "pvt_v2_b0", "--model.tpavi.stages", "[]"),
 )
 
 

@@ -26,9 +26,9 @@ LEGEND = (
     "around them, and no moments of optimisers. "
     "metrics: of the evaluation after the last step, the worst; below {floor:g} the difference over {floor:g}. "
     "control: one process again, whose weights begin one rounding up or down: what rounding alone makes of a training. "
-    "separable: TPAVI's system with a ConvNeXt and without TPAVI blocks. It has no batch normalisation, so summed "
-    "micro-batches equal the whole batch; elsewhere batch normalisation and contrast see one micro-batch of all ranks "
-    "at a time, means over frames are means of the micro-batches' means, and Uni-Code refuses accumulation."
+    "separable: TPAVI's system with pvt_v2_b0 (stochastic depth) and no TPAVI blocks. It has no batch normalisation, "
+    "so summed micro-batches equal the whole batch; elsewhere batch normalisation and contrast see one micro-batch of "
+    "all ranks at a time, means over frames are means of the micro-batches' means, and Uni-Code refuses accumulation."
 )
 FLOOR = 0.1  # of a metric: a collapsed dimension has a divergence of nearly nothing
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: one gradient more or less, which nothing is claimed of
