@@ -220,8 +220,9 @@ class EngineConfig:
         precision: Arithmetic of the network: fp32 or bf16 (losses stay in fp32, and so do the optimiser's weights and
             moments and the sums of gradients; ZeRO 0 adds the micro-batches of a rank up in bf16).
         grad_accumulation: Micro-batches summed before a step; train.global_batch is split over them and the ranks.
-        timeout_s: Longest time that a rank waits for its next batch or is in one step; it waits a quarter longer for
-            other ranks. Then the run ends and says who waited for what. 0 = torch's limits for other ranks, none else.
+        timeout_s: Longest time that a rank waits for its next batch. It waits 1.25 times as long for other ranks, and
+            is 1.5 times as long in a step, an evaluation batch or a save; then the run ends and says who did or waited
+            for what. 0 = torch's limits for other ranks, none else.
         offload: "optimizer" keeps masters and moments in the memory of the host, and updates the weights there; for
             ZeRO 1 to 3.
         activation_checkpointing: Keep no activations inside the blocks of the backbone, but compute them again in the

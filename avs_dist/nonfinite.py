@@ -195,19 +195,22 @@ class SkippedSteps:
         """A step was made."""
         self.in_a_row = 0
 
-    def add(self, error: NonFiniteError) -> None:
-        """A step was skipped; called on all ranks, rank 0 counts and lists it.
+    @property
+    def are_too_many(self) -> bool:
+        return self.in_a_row > self._allowed
 
-        Raises:
-            NonFiniteError: too many in a row.
-        """
+    def add(self, error: NonFiniteError) -> None:
+        """A step was skipped."""
         self.in_a_row += 1
         self.count += 1
         self._listed.append({"step": error.step, "ranks": [fault._asdict() for fault in error.faults]})
         self._listed = self._listed[-MOST_REPORTED:]
-        if self.in_a_row > self._allowed:
+
+    def check(self, last: NonFiniteError) -> None:
+        """Raises NonFiniteError where too many were skipped in a row."""
+        if self.are_too_many:
             before = f"{self.in_a_row} in a row, train.max_nonfinite={self._allowed}: " if self._allowed else ""
-            raise NonFiniteError(error.step, error.faults, before) from error
+            raise NonFiniteError(last.step, last.faults, before) from last
 
     def save_report(self) -> None:
         """Write nonfinite.json."""

@@ -69,7 +69,7 @@ class RunLog:
     def skipped(self, error: NonFiniteError, steps: SkippedSteps) -> None:
         """Tell of a step that was skipped; the first of several in a row."""
         if self._main:
-            if steps.in_a_row == 1:
+            if steps.in_a_row == 1 and not steps.are_too_many:
                 self._bar.write(f"skipped: {error}", file=sys.stderr)
             self._try(steps.save_report)
 

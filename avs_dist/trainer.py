@@ -89,6 +89,7 @@ def _train(config: Config, device: torch.device) -> Path:
         except NonFiniteError as error:
             skipped.add(error)
             log.skipped(error, skipped)
+            skipped.check(error)
             return {}
         skipped.passed()
         return terms
@@ -113,13 +114,13 @@ def _train(config: Config, device: torch.device) -> Path:
             if done:
                 save({})
                 saver.finish()
-            if isinstance(reason, Preempted) and world.is_main():
-                where = f"saved in {saver.newest}" if saver.newest else "there is nothing to save"
-                print(f"{reason} after step {done}: {where}; continue with --train.resume true", flush=True)
+            if isinstance(reason, Preempted):
+                _tell_saved(f"{reason} after step {done}", saver)
             raise
         finally:
             log.damage(done, batches.damage, task.damage)
-        saver.finish()
+        with phase(f"saving step {done}"):
+            saver.finish()
     if saver.failure is not None:
         raise RuntimeError(f"the last checkpoint could not be written ({saver.failure}); newest: {saver.newest}")
     if saver.newest is None:
@@ -129,6 +130,14 @@ def _train(config: Config, device: torch.device) -> Path:
             print(f"{batches.damage.summary()}: see {Path(config.train.out_dir) / REPORT_FILE}", flush=True)
         print(f"checkpoint: {saver.newest}", flush=True)
     return saver.newest
+
+
+def _tell_saved(stopped: str, saver: Saver) -> None:
+    saved = f"saved in {saver.newest}" if saver.newest else "there is nothing to save"
+    if saver.failure is not None:
+        saved = f"it could not be saved ({saver.failure}), the newest checkpoint is {saver.newest}"
+    if world.is_main():
+        print(f"{stopped}: {saved}; continue with --train.resume true", flush=True)
 
 
 def _previous_run(config: Config) -> Path | None:

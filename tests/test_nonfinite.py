@@ -99,6 +99,7 @@ def test_too_many_in_a_row_stop_the_run_and_the_steps_done_are_saved(
     assert "avs-dist train: failed: 2 in a row, train.max_nonfinite=1: step 1: buffer is not finite (rank 0: " in last
     assert "lower optim.lr" in last
     assert find_checkpoint(tmp_path / "row").name == "step-000001"
+    assert json.loads((tmp_path / "row/nonfinite.json").read_text())["count"] == 2
     assert command("train", arguments(shards, tmp_path / "none", "--train.max_nonfinite", "0")) == 1
     assert "failed: step" in capsys.readouterr().err.splitlines()[-1]
     assert not any(line.get("skipped") for line in records(tmp_path / "none", "train"))

@@ -119,9 +119,12 @@ def test_other_threads_and_plain_calls_set_no_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGTERM)]
+    before = signal.getsignal(signal.SIGTERM)
     with interruption.noted():
+        assert signal.getsignal(signal.SIGTERM) != before
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.received() == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
     assert interruption.received() is None
 
 
