@@ -20,6 +20,7 @@ class Parser(OneLineErrors, jsonargparse.ArgumentParser):
     """jsonargparse parser whose errors are one clear line and exit code 2."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # a mistyped setting must not be taken for another
         kwargs.setdefault("formatter_class", _HelpFormatter)
         kwargs.setdefault("usage", f"{kwargs.get('prog')} [options]")
         super().__init__(*args, **kwargs)
