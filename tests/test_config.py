@@ -31,6 +31,7 @@ def test_files_compose_from_left_to_right_and_the_command_line_wins(tmp_path: Pa
     ("argv", "expected"),
     [
         (["--optm.lr", "1"], "nearest known key: optim.lr"),
+        (["--train.resum", "true"], "nearest known key: train.resume"),
         (["--optim.lr", "fast"], "optim.lr"),
         (["--engine.zero_stage", "5"], "engine.zero_stage"),
         (["--config", "no_such_file.yaml"], "no_such_file.yaml"),
