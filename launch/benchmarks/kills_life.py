@@ -27,33 +27,37 @@ RHYTHM = (
     *("--train.save_every", str(SAVE_EVERY), "--train.eval_every", str(EVAL_EVERY), "--train.log_every", "1"),
     *("--train.keep_last", str(KEEP_LAST), "--train.resume", "true"),
 )
-START, STEP, EVALUATION, SAVE = GROUPS = ("start", "training step", "evaluation", "save")
+START, STEP, EVALUATION, SAVE = "start", "training step", "evaluation", "save"
+RENAMED = f"{SAVE}: renamed"
 PHASES = (
     *(START, STEP, EVALUATION),
-    *(f"{SAVE}: {part}" for part in ("copying the state", "writing", "sealed", "renamed", "pruning")),
+    *(f"{SAVE}: {part}" for part in ("copying the state", "writing", "sealed")),
+    *(RENAMED, f"{SAVE}: pruning"),
 )
-POLL_S = 0.005
+# what is aimed at, and how often: a save from its begin, and its short end, in which pointers and old folders change
+TARGETS = {START: 1, STEP: 1, EVALUATION: 1, SAVE: 1, RENAMED: 1}
+POLL_S = 0.002
 _TAIL_BYTES = 16384
 
 
 class Moment(NamedTuple):
-    """When to kill: `delay_s` after the first `group` that begins once the life has done `steps`."""
+    """When to kill: `delay_s` after the first `target` that is seen once the life has done `steps`."""
 
-    group: str
+    target: str
     steps: int
     delay_s: float
     victim: int | None  # rank, or all processes at once
 
     @staticmethod
     def drawn(rng: Random, seconds: dict[str, float], ranks: int) -> Moment:
-        """A random one; as many in saves as in steps and evaluations together, for there is most to break.
+        """A random one.
 
         Args:
-            seconds: that each group usually lasts.
+            seconds: that each target usually lasts.
         """
-        group = rng.choices(GROUPS, weights=(1, 1, 1, 2))[0]
+        target = rng.choices(list(TARGETS), weights=list(TARGETS.values()))[0]
         victim = rng.randrange(ranks) if ranks > 1 and rng.random() < 0.5 else None
-        return Moment(group, rng.randint(1, EVAL_EVERY), rng.uniform(0, seconds[group]), victim)
+        return Moment(target, rng.randint(1, EVAL_EVERY), rng.uniform(0, seconds[target]), victim)
 
 
 class Life:
@@ -88,13 +92,13 @@ class Life:
             TimeoutError: it did not come, and the life did not end either.
         """
         limit = time.monotonic() + limit_s
-        while moment.group != START and self.is_alive():
+        while moment.target != START and self.is_alive():
             if time.monotonic() > limit:
-                raise TimeoutError(f"no {moment.group} within {limit_s:g} s: {self.last_words()}")
+                raise TimeoutError(f"no {moment.target} within {limit_s:g} s: {self.last_words()}")
             steps = self.steps()
             if steps and not self.start_s:
                 self.start_s = time.monotonic() - self._begun
-            if steps >= moment.steps and group_of(self.phase()) == moment.group:
+            if steps >= moment.steps and is_part(self.phase(), moment.target):
                 break
             time.sleep(POLL_S)
         time.sleep(moment.delay_s)
@@ -147,7 +151,7 @@ class Life:
             return f"{SAVE}: {'sealed' if any((s / MANIFEST).is_file() for s in staged) else 'writing'}"
         there, newest = checkpoint.newest_first(self.root), self._newest()
         if newest != _pointed(self.root / "last.json"):
-            return f"{SAVE}: renamed"
+            return RENAMED
         if set(there[KEEP_LAST:]) - {_pointed(self.root / "best.json")} or self._unsealed() - self._litter:
             return f"{SAVE}: pruning"
         if done % EVAL_EVERY == 0 and not any(r["phase"] == "eval" and r["step"] == done for r in self._records()):
@@ -180,30 +184,32 @@ class Life:
 
 
 def usual_seconds(life: Life, limit_s: float) -> dict[str, float]:
-    """Let a life come to its end, and see how long each group lasts in it."""
-    spent = dict.fromkeys(GROUPS, 0.0)
+    """Let a life come to its end, and see how long each target lasts in it."""
+    spent = dict.fromkeys(TARGETS, 0.0)
     times: Counter[str] = Counter()
     begin = now = time.monotonic()
-    group = START
+    phase = ""
     while life.is_alive():
         if now - begin > limit_s:
             raise TimeoutError(f"the uninterrupted run took more than {limit_s:g} s: {life.last_words()}")
         time.sleep(POLL_S)
         before, now = now, time.monotonic()
-        group, former = group_of(life.phase()), group
-        spent[group] += now - before
-        times[group] += group != former
-    return {each: spent[each] / max(times[each], 1) for each in GROUPS}
+        phase, former = life.phase(), phase
+        for target in TARGETS:
+            if is_part(phase, target):
+                spent[target] += now - before
+                times[target] += not is_part(former, target)
+    return {target: spent[target] / max(times[target], 1) for target in TARGETS}
+
+
+def is_part(phase: str, target: str) -> bool:
+    return phase.startswith(target)
 
 
 def _pointed(pointer: Path) -> Path | None:
     with contextlib.suppress(ValueError):  # damage is for the checks to tell
         return checkpoint.pointed(pointer)
     return None
-
-
-def group_of(phase: str) -> str:
-    return phase.split(":")[0]
 
 
 def _step(folder: Path | None) -> int:
