@@ -27,53 +27,45 @@ from avs_dist.launch.cli import main as avs_dist
 from avs_dist.saving import Saver
 from avs_dist.shards.plan import StreamState
 
+LAST = 4  # step of the runs here
 
-class Block:
-    """Files are written no sooner than the next step of the training has begun."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._step_begun, self.waited = threading.Event(), 0
-        self.at_step: dict[int, Exception] = {}
-        write, step = saving.write_tensors, Engine.train_step
+class SlowDisk:
+    """The weights of a step are written no sooner than the training has done the step after it."""
 
-        def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-            if path.name == WEIGHTS and not path.parent.name.startswith(".step-000004"):  # after which no step comes
-                assert self._step_begun.wait(60), "the training waits for the disk"
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: dict[int, Exception] | None = None) -> None:
+        self.waited = 0
+        write, train_step = saving.write_tensors, Engine.train_step
+        done = {number: threading.Event() for number in range(1, LAST + 1)}
+
+        def write_late(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+            step = int(path.parent.name.split(".")[1][-6:]) if path.name == WEIGHTS else LAST
+            if step < LAST:
+                assert done[step + 1].wait(20), "the training waits for the disk"
                 self.waited += 1
             write(path, tensors)
 
-        def train_step(engine: Engine, batches: list[Any], number: int) -> dict[str, float]:
-            if number in self.at_step:
-                raise self.at_step[number]
-            done = step(engine, batches, number)
-            self._step_begun.set()
-            return done
+        def told(engine: Engine, batches: list[Any], number: int) -> dict[str, float]:
+            done[number + 1].set()
+            if fails and number in fails:
+                raise fails[number]
+            return train_step(engine, batches, number)
 
-        monkeypatch.setattr(saving, "write_tensors", write_tensors)
-        monkeypatch.setattr(Engine, "train_step", train_step)
-
-    def again(self) -> None:
-        self._step_begun.clear()
+        monkeypatch.setattr(saving, "write_tensors", write_late)
+        monkeypatch.setattr(Engine, "train_step", told)
 
 
 def test_the_training_goes_on_while_files_are_written_and_they_are_the_same(
     ms3_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert avs_dist(arguments(ms3_shards, tmp_path / "sync")) == 0
-    block = Block(monkeypatch)
-    save = Saver.save
-
-    def saved(saver: Saver, *what: Any) -> None:
-        save(saver, *what)  # waits for the former
-        block.again()
-
-    monkeypatch.setattr(Saver, "save", saved)
+    disk = SlowDisk(monkeypatch)
     assert avs_dist(arguments(ms3_shards, tmp_path / "async", "--train.save_async", "true")) == 0
-    assert block.waited == 3
-    for step in (1, 2, 3, 4):
+    assert disk.waited == LAST - 1
+    for step in range(1, LAST + 1):
         for name in (WEIGHTS, STATE_FILE):
             assert same_tensors(folder(tmp_path / "sync", step) / name, folder(tmp_path / "async", step) / name)
-    facts = [checkpoint.manifest(folder(tmp_path / run, 4)) for run in ("sync", "async")]
+    facts = [checkpoint.manifest(folder(tmp_path / run, LAST)) for run in ("sync", "async")]
     assert facts[0]["data"] == facts[1]["data"]
     assert facts[0]["metrics"] == facts[1]["metrics"]
 
@@ -81,11 +73,10 @@ def test_the_training_goes_on_while_files_are_written_and_they_are_the_same(
 def test_a_save_that_is_pending_where_the_data_end_is_completed(
     ms3_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block = Block(monkeypatch)
-    block._step_begun.set()
-    block.at_step = {3: NoBatchError("rank 0 has no batch")}
+    disk = SlowDisk(monkeypatch, {3: NoBatchError("rank 0 has no batch")})
     more = ("--train.save_async", "true", "--train.save_every", "3")
     assert avs_dist(arguments(ms3_shards, tmp_path / "run", *more)) == 1
+    assert disk.waited == 1
     assert [path.name for path in checkpoint.newest_first(tmp_path / "run/checkpoints")] == ["step-000003"]
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
 
@@ -221,6 +212,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
             fill(ballast)
         if number == 3:
             assert checkpoint.newest_first(run / "checkpoints") == [folder(run, 1)]
+            assert not list((run / "checkpoints").glob(".*"))
             checkpoint.verify(folder(run, 1), checkpoint.manifest(folder(run, 1))["files"])
             ballast.unlink()
         return step(engine, batches, number)
@@ -230,7 +222,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     told = capsys.readouterr().err
     assert code == 1
     for number in (2, 3):
-        assert f"the checkpoint of step {number} could not be written (rank 0: " in told
+        assert f"the checkpoint of step {number} could not be written (rank 0: SafetensorError: " in told
     assert os.strerror(errno.ENOSPC) in told
     assert f"{folder(run, 1)} stays the newest; make room" in told
     assert "the checkpoint of step 4 " not in told
