@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from avs_dist.launch import bench
 from avs_dist.launch.benchmarks.parity import Trainings, exit_code
 from avs_dist.launch.benchmarks.parity_cases import SYSTEMS, Case, table
 from avs_dist.launch.benchmarks.parity_compare import Difference, Found, compare, markdown
@@ -98,13 +100,13 @@ def _found(**changes: object) -> Found:
         ({"metrics": {"miou": 0.55}}, "metrics", 0.1),
         ({"parameters": {"w": _doubles(3.3, 3.3, 3.3, 3.3), "b": _doubles(1e-3)}}, "parameters", 0.1),
         ({"buffers": {"n.running_mean": _doubles(0.4, 0.0), "n.running_var": _doubles(8.0, 8.0)}}, "buffers", 0.1),
-        ({"losses": {"loss": [2.0, float("nan")]}}, "losses", float("nan")),
+        ({"losses": {"loss": [2.0, math.nan]}}, "losses", math.inf),
     ],
 )
 def test_difference_is_relative_and_the_largest_decides(changes: dict, column: str, expected: float) -> None:
     found = compare(_found(**changes), _found())
-    assert getattr(found, column) == pytest.approx(expected, rel=1e-5, nan_ok=True)
-    assert found.largest == (pytest.approx(expected, rel=1e-5) if expected == expected else float("inf"))
+    assert getattr(found, column) == pytest.approx(expected, rel=1e-5)
+    assert found.largest == pytest.approx(expected, rel=1e-5)
     case = Case("tpavi", 1, 2)
     assert "**no**" in markdown({}, TOLERANCE, [(case, found)])
     with pytest.raises(RuntimeError, match="tpavi-zero1-2ranks"):
@@ -112,11 +114,37 @@ def test_difference_is_relative_and_the_largest_decides(changes: dict, column: s
     assert exit_code([(dataclasses.replace(case, nudged=True), found)], TOLERANCE) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "column", "worst"),
+    [
+        ({"losses": {"loss": [2.0, 1.0], "second": [1.0, math.nan]}}, "losses", "second"),
+        ({"metrics": {"miou": 0.5, "second": math.nan}}, "metrics", "second"),
+        ({"buffers": {"first": _doubles(1.0), "second": _doubles(math.nan)}}, "buffers", "second"),
+        ({"parameters": {"w": _doubles(3.0, 3.0, 3.0, 3.0), "b": _doubles(math.nan)}}, "worst_tensor", "b"),
+    ],
+)
+def test_what_is_no_number_is_the_worst_wherever_it_stands(changes: dict, column: str, worst: str) -> None:
+    reference = _found(
+        losses={"loss": [2.0, 1.0], "second": [1.0, 1.0]},
+        metrics={"miou": 0.5, "second": 0.5},
+        buffers={"first": _doubles(1.0), "second": _doubles(1.0)},
+    )
+    found = compare(dataclasses.replace(reference, **changes), reference)
+    assert getattr(found, column) == found.largest == math.inf
+    assert found.worst[column] == worst
+    assert "**no**" in markdown({}, TOLERANCE, [(Case("tpavi", 1, 2), found)])
+
+
 def test_a_case_that_failed_or_has_other_terms_is_no_success() -> None:
     with pytest.raises(ValueError, match="not in both: avm"):
         compare(_found(losses={"loss": [2.0, 1.0], "avm": [0.0, 0.0]}), _found())
     with pytest.raises(RuntimeError, match="zero1-2ranks: it crashed"):
         exit_code([(Case("tpavi", 1, 2), "it crashed")], TOLERANCE)
+
+
+def test_no_steps_are_no_training() -> None:
+    with pytest.raises(ValueError, match="--steps 0: at least 1"):
+        bench.main(["parity", "--steps", "0"])
 
 
 @pytest.mark.slow

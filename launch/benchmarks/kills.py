@@ -32,6 +32,7 @@ from avs_dist.launch.benchmarks import report
 from avs_dist.launch.benchmarks.kills_checks import Difference, check_checkpoints, check_start, compare, left_over
 from avs_dist.launch.benchmarks.kills_life import PHASES, SAVE_EVERY, START, Life, Moment, usual_seconds
 from avs_dist.launch.benchmarks.parity_cases import CONFIGS, SYSTEMS, trained_as
+from avs_dist.launch.benchmarks.ranks import device
 from avs_dist.launch.benchmarks.small_shards import make_shards
 from avs_dist.launch.cli import OneLineErrors
 from avs_dist.shards.files import write_text
@@ -108,7 +109,7 @@ class Trial:
                 if len(self.kills) < self._args.kills:
                     code = self._kill(life, seconds, bar)
                 else:
-                    code = life.process.wait(self._args.limit_s)
+                    code = life.wait(self._args.limit_s)
                     self._fail(code != 0, f"it ended with code {code}: {life.last_words()}")
             except TimeoutError as error:
                 self.wrong.append(str(error))
@@ -207,7 +208,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _facts(command: str, args: argparse.Namespace) -> dict[str, Any]:
     told = {"system": args.system, "ranks": args.ranks, "ZeRO": args.zero_stage, "async": args.save_async}
-    return {**report.facts("cpu", command), "threads": 1, "cores": os.cpu_count(), **told}
+    return {**report.facts(device(), command), "threads": 1, "cores": os.cpu_count(), **told}
 
 
 class _Parser(OneLineErrors, argparse.ArgumentParser):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import time
 from collections import Counter
@@ -19,7 +17,7 @@ import psutil
 from avs_dist import checkpoint
 from avs_dist.checkpoint import MANIFEST
 from avs_dist.launch import train
-from avs_dist.launch.benchmarks.ranks import environment, launcher
+from avs_dist.launch.benchmarks.ranks import end_group, launcher, start_group
 
 # of the trainings, which must reach many saves and evaluations in few steps
 SAVE_EVERY, EVAL_EVERY, KEEP_LAST = 2, 4, 1
@@ -28,14 +26,14 @@ RHYTHM = (
     *("--train.keep_last", str(KEEP_LAST), "--train.resume", "true"),
 )
 START, STEP, EVALUATION, SAVE = "start", "training step", "evaluation", "save"
-RENAMED = f"{SAVE}: renamed"
+RENAMED, PRUNING = f"{SAVE}: renamed", f"{SAVE}: pruning"
 PHASES = (
     *(START, STEP, EVALUATION),
     *(f"{SAVE}: {part}" for part in ("copying the state", "writing", "sealed")),
-    *(RENAMED, f"{SAVE}: pruning"),
+    *(RENAMED, PRUNING),
 )
-# what is aimed at, and how often: a save from its begin, and its short end, in which pointers and old folders change
-TARGETS = {START: 1, STEP: 1, EVALUATION: 1, SAVE: 1, RENAMED: 1}
+# what is aimed at: a save from its begin, and its short end, in which pointers are changed and old folders deleted
+TARGETS = (START, STEP, EVALUATION, SAVE, RENAMED, PRUNING)
 POLL_S = 0.002
 _TAIL_BYTES = 16384
 
@@ -55,7 +53,7 @@ class Moment(NamedTuple):
         Args:
             seconds: that each target usually lasts.
         """
-        target = rng.choices(list(TARGETS), weights=list(TARGETS.values()))[0]
+        target = rng.choice(TARGETS)
         victim = rng.randrange(ranks) if ranks > 1 and rng.random() < 0.5 else None
         return Moment(target, rng.randint(1, EVAL_EVERY), rng.uniform(0, seconds[target]), victim)
 
@@ -78,9 +76,7 @@ class Life:
         self._litter = set(self._unsealed())
         command = [*launcher(ranks), train.__file__, *settings, *RHYTHM, "--train.out_dir", str(out)]
         with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            self.process = start_group(command, stdout=file)
 
     def is_alive(self) -> bool:
         return self.process.poll() is None
@@ -115,27 +111,31 @@ class Life:
         family = psutil.Process(self.process.pid).children(recursive=True) if self.is_alive() else []
         rank = next((p for p in family if victim is not None and f"--local_rank={victim}" in _command(p)), None)
         if rank is None:
-            self._kill_all()
-            self.process.wait()
+            self.end()
             return self.phase(), None
         rank.kill()
         killed, phase = time.monotonic(), self.phase()
         while self.is_alive() or any(map(_runs, family)):
             if time.monotonic() - killed > deadline_s:
-                self._kill_all()
+                self.end()
                 raise TimeoutError(f"rank {victim} was killed, and after {deadline_s:g} s others still ran")
             time.sleep(0.05)
         return phase, time.monotonic() - killed
 
+    def wait(self, limit_s: float) -> int:
+        """Its exit code.
+
+        Raises:
+            TimeoutError: it did not end.
+        """
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"not at its end within {limit_s:g} s: {self.last_words()}") from error
+
     def end(self) -> None:
         """Whatever became of it, nothing of it runs on."""
-        if self.is_alive():
-            self._kill_all()
-        self.process.wait()
-
-    def _kill_all(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        end_group(self.process)
 
     def steps(self) -> int:
         """Steps that this life has done."""
@@ -153,7 +153,7 @@ class Life:
         if newest != _pointed(self.root / "last.json"):
             return RENAMED
         if set(there[KEEP_LAST:]) - {_pointed(self.root / "best.json")} or self._unsealed() - self._litter:
-            return f"{SAVE}: pruning"
+            return PRUNING
         if done % EVAL_EVERY == 0 and not any(r["phase"] == "eval" and r["step"] == done for r in self._records()):
             return EVALUATION
         if done % SAVE_EVERY == 0 and _step(newest) < done:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from avs_dist.launch.benchmarks import memory_rank, report
 from avs_dist.launch.benchmarks.memory_rank import Case
 from avs_dist.launch.benchmarks.memory_report import Row, excess, markdown
-from avs_dist.launch.benchmarks.ranks import launch
+from avs_dist.launch.benchmarks.ranks import device, launch
 from avs_dist.launch.cli import OneLineErrors
 from avs_dist.shards.files import write_text
 
@@ -135,7 +135,7 @@ def _as_json(facts: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> dic
 def _facts(command: str) -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "accelerate")}
     told = {"cores": os.cpu_count(), "threads": "1 a rank", "load before": f"{os.getloadavg()[0]:.1f}"}
-    return {**report.facts("cpu", command), **versions, **told}
+    return {**report.facts(device(), command), **versions, **told}
 
 
 class _Parser(OneLineErrors, argparse.ArgumentParser):

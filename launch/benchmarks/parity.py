@@ -17,9 +17,7 @@ import importlib.metadata
 import json
 import os
 import shlex
-import subprocess
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from tqdm import tqdm
 from avs_dist.launch.benchmarks import parity_rank, report
 from avs_dist.launch.benchmarks.parity_cases import SYSTEMS, Case, Data, table
 from avs_dist.launch.benchmarks.parity_compare import Difference, Found, Row, as_json, compare, markdown
-from avs_dist.launch.benchmarks.ranks import environment, launcher
+from avs_dist.launch.benchmarks.ranks import device, launch
 from avs_dist.launch.benchmarks.small_shards import make_shards
 from avs_dist.launch.cli import OneLineErrors
 from avs_dist.shards.files import write_text
@@ -40,6 +38,8 @@ class _Parser(OneLineErrors, argparse.ArgumentParser):
 
 def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
+    if args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: at least 1")
     cases = table(args.systems, args.stages, args.ranks, args.accumulations, args.precision)
     if not cases:
         raise ValueError("--systems, --stages, --ranks: one process with ZeRO 0 is what the others are compared with")
@@ -99,7 +99,7 @@ class Trainings:
                     message = self._launch(left, ranks, bar)
                     left = [case for case in left if not self._file(case).is_file()]
                     if left:
-                        self._failed[left[0]] = message
+                        self._failed[left[0]] = message or "it left no figures"
                         left = left[1:]
 
     def outcome(self, case: Case) -> Difference | str:
@@ -116,31 +116,21 @@ class Trainings:
         return self.root / f"{case.name}.json"
 
     def _launch(self, cases: Sequence[Case], ranks: int, bar: tqdm) -> str:
-        """The last lines of the launch."""
+        """Why it failed, as `launch` says it."""
         plan = {"out": str(self.root), "steps": self.steps, "shards": self.shards}
         plan_file = self.root / "plan.json"
         write_text(plan_file, json.dumps({**plan, "cases": [dataclasses.asdict(case) for case in cases]}))
-        command = [*launcher(ranks), parity_rank.__file__, str(plan_file)]
-        lines: list[str] = []
-        with subprocess.Popen(
-            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as launched:
-            limit = threading.Timer(self.limit_s, launched.terminate)
-            limit.start()
-            assert launched.stdout is not None
-            for line in launched.stdout:
-                lines.append(line.strip())
-                if parity_rank.DONE in line:
-                    bar.update()
-            limit.cancel()
-        told = [line for line in lines if "Error" in line] or lines
-        return told[-1] if told else f"exit code {launched.returncode}"
+
+        def told(line: str) -> None:
+            bar.update(parity_rank.DONE in line)
+
+        return launch(parity_rank.__file__, [str(plan_file)], ranks, self.limit_s, told)
 
 
 def _facts(command: str, precision: str, steps: int) -> dict[str, object]:
     versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "accelerate")}
     told = {"cores": os.cpu_count(), "threads a rank": 1, "precision": precision, "steps": steps}
-    return {**report.facts("cpu", command), **versions, **told}
+    return {**report.facts(device(), command), **versions, **told}
 
 
 def _parser() -> _Parser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative differences between two trainings, see LEGEND; the names tell which was the worst."""
+    """Relative differences between two trainings, see LEGEND; infinite where one is not a number. `worst` has names."""
 
     losses: float
     parameters: float
@@ -79,9 +80,8 @@ class Difference:
 
     @property
     def largest(self) -> float:
-        """Of those that are held to the tolerance; NaN counts as infinite."""
-        held = torch.tensor([self.losses, self.parameters, self.buffers, self.metrics], dtype=torch.float64)
-        return held.nan_to_num(torch.inf).max().item()
+        """Of those that are held to the tolerance."""
+        return max(self.losses, self.parameters, self.buffers, self.metrics)
 
 
 def compare(case: Found, reference: Found) -> Difference:
@@ -93,7 +93,8 @@ def compare(case: Found, reference: Found) -> Difference:
     terms = [term for term in reference.losses if not term.startswith(OBSERVED)]
     losses = {term: _of_steps(case.losses[term], reference.losses[term]) for term in terms}
     metrics = {
-        name: abs(case.metrics[name] - value) / max(abs(value), FLOOR) for name, value in reference.metrics.items()
+        name: _ratio(abs(case.metrics[name] - value), max(abs(value), FLOOR))
+        for name, value in reference.metrics.items()
     }
     tensors = {name: _relative([case.parameters[name]], [value]) for name, value in reference.parameters.items()}
     kept = [name for name in reference.buffers if name.rpartition(".")[2] not in MOMENTS]
@@ -103,7 +104,7 @@ def compare(case: Found, reference: Found) -> Difference:
     groups = {"losses": losses, "buffers": buffers, "metrics": metrics, "worst_tensor": tensors}
     return Difference(
         parameters=_relative(ours, theirs),
-        of_update=_norm([a - b for a, b in zip(ours, theirs, strict=True)]) / way,
+        of_update=_ratio(_norm([a - b for a, b in zip(ours, theirs, strict=True)]), way),
         worst={group: max(values, key=values.__getitem__, default="") for group, values in groups.items()},
         **{group: max(values.values(), default=0.0) for group, values in groups.items()},
     )
@@ -111,7 +112,7 @@ def compare(case: Found, reference: Found) -> Difference:
 
 def _of_steps(ours: Sequence[float], theirs: Sequence[float]) -> float:
     difference = (torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)).abs().max()
-    return (difference / torch.tensor(theirs, dtype=torch.float64).abs().mean().clamp_min(1e-12)).item()
+    return _ratio(difference.item(), torch.tensor(theirs, dtype=torch.float64).abs().mean().item())
 
 
 def _of_buffer(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
@@ -119,12 +120,17 @@ def _of_buffer(name: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tenso
     stem, found, _ = name.rpartition("running_mean")
     if not found:
         return _relative([ours[name]], [theirs[name]])
-    return _norm([ours[name] - theirs[name]]) / theirs[f"{stem}running_var"].sum().sqrt().item()
+    return _ratio(_norm([ours[name] - theirs[name]]), theirs[f"{stem}running_var"].sum().sqrt().item())
 
 
 def _relative(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    difference = _norm([a - b for a, b in zip(ours, theirs, strict=True)])
-    return difference / max(_norm(theirs), 1e-12) if difference else 0.0
+    return _ratio(_norm([a - b for a, b in zip(ours, theirs, strict=True)]), _norm(theirs))
+
+
+def _ratio(difference: float, size: float) -> float:
+    """Infinite where it would be NaN, which no comparison and no maximum sees."""
+    ratio = difference / max(size, 1e-12)
+    return math.inf if math.isnan(ratio) else ratio
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

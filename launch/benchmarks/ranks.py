@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told: Callable[[str], None]) -> str:
@@ -24,20 +29,41 @@ def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told:
         Why it failed, as far as its last lines say; empty where it did not.
     """
     lines: list[str] = []
-    command = [*launcher(ranks), program, *words]
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as launched:
-        limit = threading.Timer(limit_s, launched.terminate)
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        end_group(launched)
+
+    with start_group([*launcher(ranks), program, *words], stdout=subprocess.PIPE, text=True) as launched:
+        limit = threading.Timer(limit_s, stop)
+        limit.daemon = True
         limit.start()
-        assert launched.stdout is not None
-        for line in launched.stdout:
-            lines.append(line.strip())
-            told(lines[-1])
-        limit.cancel()
+        try:
+            for line in launched.stdout or ():
+                lines.append(line.strip())
+                told(lines[-1])
+            launched.wait()
+        finally:
+            limit.cancel()
+            end_group(launched)
+    if late.is_set():
+        return f"not done within {limit_s:g} s"
     if launched.returncode == 0:
         return ""
     return ([line for line in lines if "Error" in line] or lines or [f"exit code {launched.returncode}"])[-1]
+
+
+def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """A process of its own group, for `end_group`; its errors go where its output goes."""
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.STDOUT, start_new_session=True, **options)
+
+
+def end_group(launched: subprocess.Popen[Any]) -> None:
+    """Kill it and all that it has started: a launcher on one host may go without its ranks."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launched.pid, signal.SIGKILL)
+    launched.wait()
 
 
 def launcher(ranks: int) -> list[str]:
@@ -54,3 +80,8 @@ def environment() -> dict[str, str]:
     """One thread for each rank, whatever their number: threads share sums out, and round them in another order."""
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**env, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"}
+
+
+def device() -> str:
+    """What the ranks compute on, see `world.start`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
