@@ -37,7 +37,7 @@ SECONDS = 5  # of a clip
 
 @dataclass(frozen=True)
 class Case:
-    """A run of a few steps, of one clip a rank.
+    """A run of a few steps, of one clip a rank; its name has all of it.
 
     files: of settings, from left to right.
     size:  side of a frame in pixels.
@@ -57,7 +57,8 @@ class Case:
     def name(self) -> str:
         parts = [*(Path(file).stem for file in self.files), f"{self.ranks}ranks", f"zero{self.stage}", self.precision]
         parts += ["offload"] if self.offload != "none" else []
-        return "-".join([*parts, *(["recompute"] if self.activation_checkpointing else [])])
+        parts += ["recompute"] if self.activation_checkpointing else []
+        return "-".join([*parts, f"{self.size}px", *([f"{self.timed}timed"] if self.timed else [])])
 
     def config(self) -> Config:
         values = {
@@ -89,7 +90,7 @@ def main(plan: dict[str, Any]) -> None:
 def _looked_at(case: Case, device: torch.device) -> dict[str, Any]:
     """The state before the second step, of the rank that holds most; what is sent in the third."""
     gc.collect()
-    batches, before = _batches(case), storages()
+    batches, before = random_batches(case), storages()
     engine = _engine(case, device)
     watch = Watch(_deepspeed(engine), before)
     engine.train_step(batches, 0)
@@ -125,13 +126,15 @@ def _before_step(engine: Engine, look: Callable[[], None]) -> None:
 
 def _timed(case: Case, device: torch.device) -> dict[str, Any]:
     """Seconds of a step, and the most memory that the process takes in it beside what it holds between steps."""
-    batches, engine = _batches(case), _engine(case, device)
+    batches, engine = random_batches(case), _engine(case, device)
     engine.train_step(batches, 0)
     gc.collect()
     peak, seconds = PeakMemory(device.type), []
     for step in range(1, case.timed + 1):
         begin = time.perf_counter()
         engine.train_step(batches, step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
     everywhere = world.gather_objects((peak.baseline_mib, peak.mib()))
     between, most = (max(figures) for figures in zip(*everywhere, strict=True))
@@ -155,7 +158,7 @@ def _parameters(engine: Engine) -> dict[str, int]:
     return {"parameters": learning, "frozen_parameters": sum(number for _, number in numbers) - learning}
 
 
-def _batches(case: Case) -> list[Clip] | list[Sequences]:
+def random_batches(case: Case) -> list[Clip] | list[Sequences]:
     """One random clip; another on each rank."""
     config = case.config()
     generator = torch.Generator().manual_seed(world.rank())

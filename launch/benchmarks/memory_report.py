@@ -56,8 +56,8 @@ def _state(rows: Sequence[Row]) -> list[str]:
         "the backward pass, when all are there; ZeRO 1 in fp32 and ZeRO 2 then keep those of the rank. fp32: DeepSpeed "
         "holds a second copy of the weights as masters from ZeRO 1 on. bf16: gradients are summed in fp32 (the paper "
         "counts 2 bytes), and ZeRO 1 keeps the bf16 ones beside them. ZeRO 3 keeps small parameters (below 100,000 "
-        "elements) whole on every rank, and gives no other back between forward and backward pass as long as the model "
-        "has less than 10^9 (last column: weights at any time of the backward pass)."
+        "elements) whole on every rank, and gives others back late (last column: weights at any time of the backward "
+        "pass)."
     )
     return ["### Model state", text, table(cells)]
 
@@ -81,8 +81,8 @@ def _traffic(rows: Sequence[Row]) -> list[str]:
         "all_reduce passes every element twice over the network of many ranks (reduce-scatter and all-gather), all "
         "others once; expected is the arithmetic of ZeRO's paper. MB sent: of one rank, were the ranks a ring, "
         "(W - 1) / W of what is passed. DeepSpeed all-reduces the gradients in ZeRO 1 and 2 and cuts them afterwards, "
-        "one pass more than expected; in ZeRO 3 a model of less than 10^9 parameters stays gathered from the forward "
-        "to the backward pass, one less."
+        "one pass more than expected; in ZeRO 3 it gathers again in the backward "
+        "pass only what it has given back in between (it keeps up to 10^9 elements)."
     )
     return ["### Bytes of a step", text, table(cells)]
 
