@@ -24,6 +24,7 @@ import transformers.integrations.deepspeed  # noqa: F401
 from avs_dist import checkpoint, engine, resuming, world
 from avs_dist.launch.train import parse_config
 from avs_dist.saving import Saver
+from avs_dist.shards.children import die_with_parent
 from avs_dist.systems import build_system
 from avs_dist.trainer import train
 
@@ -63,7 +64,7 @@ def _reap(running: dict[int, str]) -> None:
 
 def _run(job: dict[str, Any]) -> None:
     """What a forked rank does, to its end."""
-    signal.alarm(LIMIT_S)
+    die_with_parent()
     try:
         JOBS[job["kind"]](job["arguments"])
         sys.stdout.flush()

@@ -15,13 +15,15 @@ from typing import Literal
 
 import psutil
 
+from avs_dist.shards.children import die_with_parent
+
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_S = 240.0
 _MARK = "AVS_TEST_RUN"
 
 
 class Launched:
-    """A process that runs, with all that it has started; what it tells goes to a file."""
+    """A process that runs, with all that it has started; what it tells goes to a file. It dies with the tests."""
 
     def __init__(self, command: list[str], log: Path, extra: dict[str, str] | None = None) -> None:
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | (extra or {})
@@ -31,8 +33,9 @@ class Launched:
         self._log = log
         with open(log, "w") as out:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-            )
+                command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                preexec_fn=die_with_parent,
+            )  # fmt: skip
 
     def told(self) -> str:
         return self._log.read_text(errors="replace")

@@ -52,7 +52,7 @@ def tpavi_batches(step: int, loud: bool) -> list[Any]:
 
 
 def run(config: Config, batches: Any, steps: list[int], errors: list[NonFiniteError]) -> dict[str, Tensor]:
-    """All that is left after these steps: 1 is loud on rank 1, in 3 a gradient of rank 1 is NaN."""
+    """All that is left after these steps: 1 is loud on rank 1, in 2 a gradient of rank 1 is NaN."""
     torch.manual_seed(0)
     running = engine.Engine(build_system(config), config, torch.device("cpu"))
     spoils = False
@@ -65,7 +65,7 @@ def run(config: Config, batches: Any, steps: list[int], errors: list[NonFiniteEr
 
     module.register_forward_hook(spoil)
     for step in steps:
-        spoils = step == 3
+        spoils = step == 2
         try:
             running.train_step(batches(step, loud=step == 1 and world.rank() == 1), step)
         except NonFiniteError as error:
@@ -90,8 +90,8 @@ def main() -> None:
         )
         config = make(*settings)
         errors: list[NonFiniteError] = []
-        with_faults = run(config, batches, [0, 1, 2, 3, 4], errors)
-        without = run(config, batches, [0, 2, 4], unexpected := [])
+        with_faults = run(config, batches, [0, 1, 2, 3], errors)
+        without = run(config, batches, [0, 3], unexpected := [])
         differ = [name for name, value in without.items() if not torch.equal(value, with_faults[name])]
         told = [{"step": e.step, "text": str(e), "faults": [f._asdict() for f in e.faults]} for e in errors]
         finite = all(bool(value.isfinite().all()) for value in without.values())

@@ -85,7 +85,7 @@ def test_above_the_bound_all_ranks_stop_with_one_report(
 def test_a_killed_loading_process_ends_all_ranks_with_its_rank_named(
     damaged: Path, launched: list[subprocess.Popen[str]], tmp_path: Path
 ):
-    more = ("--data.max_damaged", "0.2", "--data.workers", "1", "--train.max_steps", "100000")
+    more = ("--data.max_damaged", "0.2", "--data.workers", "1", "--train.max_steps", "1000")
     process = launch(launched, damaged, tmp_path / "run", *more)
     end = time.monotonic() + DEADLINE_S
     while not ((tmp_path / "run/metrics.jsonl").exists() and len(records(tmp_path / "run", "train")) > 3):

@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from avs_dist.shards.children import die_with_parent
+
 ROOT = Path(__file__).resolve().parents[1]
 MIDDLE, END = 3, 6  # steps
 
@@ -141,7 +143,9 @@ def runs(ms3_shards: Path, cmg_shards: Path, tmp_path_factory: pytest.TempPathFa
     (out / "jobs.json").write_text(json.dumps(listed))
     command = [sys.executable, "tests/elastic_ranks.py", str(out / "jobs.json")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=580, preexec_fn=die_with_parent
+    )
     assert done.returncode == 0, done.stderr[-8000:]
     jobs.told = done.stderr
     return jobs

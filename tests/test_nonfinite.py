@@ -20,8 +20,7 @@ from avs_dist.launch.train import main as train
 from avs_dist.tasks.segmentation import SegmentationTask
 
 # Uni-Code has a codebook and networks that learn in the forward pass, TPAVI batch statistics and two micro-batches
-CASES = [f"unicode-{precision}-{stage}" for precision in ("fp32", "bf16") for stage in range(4)]
-CASES += [f"tpavi-{case}" for case in ("fp32-0", "fp32-2", "bf16-1", "bf16-3")]
+CASES = ["unicode-fp32-0", "unicode-fp32-2", "unicode-fp32-3", "unicode-bf16-1", "tpavi-fp32-2"]
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +42,16 @@ def test_a_skipped_step_leaves_no_trace_on_any_rank(case: str, found: dict[str, 
         assert rank["differ"] == []
         assert rank["finite"]
         assert rank["compared"] > 100
-        assert [told["step"] for told in rank["told"]] == [1, 3]
+        assert [told["step"] for told in rank["told"]] == [1, 2]
         loss, gradient = rank["told"]
         assert loss["text"].startswith("step 1: loss is not finite (")
         assert [fault["rank"] for fault in loss["faults"] if "clip0-1-1" in " ".join(fault["clips"])] == [1]
-        assert gradient["text"].startswith("step 3: gradient is not finite (")
+        assert gradient["text"].startswith("step 2: gradient is not finite (")
         assert not any(fault["terms"] for fault in gradient["faults"])
         if case.startswith("unicode"):  # batch statistics carry the gradients of TPAVI to the other rank
             assert [fault["rank"] for fault in gradient["faults"]] == [1]
             assert not gradient["faults"][0]["buffers"]
-            assert gradient["faults"][0]["clips"] == [f"clip{i}-1-3" for i in range(4)]
+            assert gradient["faults"][0]["clips"] == [f"clip{i}-1-2" for i in range(4)]
     assert found[case][0]["told"] == found[case][1]["told"]
 
 

@@ -133,7 +133,7 @@ def begin(run: Launched, out: Path, steps: int) -> None:
     run.until(lambda: (out / "metrics.jsonl").is_file() and len(records(out, "train")) >= steps)
 
 
-LONG = ("--train.max_steps", "100000", "--engine.zero_stage", "2", "--train.resume", "true")
+LONG = ("--train.max_steps", "1000", "--engine.zero_stage", "2", "--train.resume", "true")
 
 
 @pytest.mark.slow
