@@ -36,6 +36,10 @@ FORMAT = 2  # of the manifest; 1 was not told
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
+class UnknownFormatError(ValueError):
+    """A checkpoint of a newer version, which is not damaged."""
+
+
 def root(out_dir: str | Path) -> Path:
     """Where the checkpoints of a run are."""
     return Path(out_dir) / "checkpoints"
@@ -124,7 +128,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     if sealed and found.pop("sha256", None) != _hash(found):
         raise ValueError(f"{path} is damaged: its sha256 differs from the one in it; use another checkpoint")
     if found.get("format", 1) not in range(1, FORMAT + 1):
-        raise ValueError(f"{path} is of format {found['format']}, known is {FORMAT}: update avs_dist")
+        raise UnknownFormatError(f"{path} is of format {found['format']}, known is {FORMAT}: update avs_dist")
     return found
 
 

@@ -169,7 +169,7 @@ class Engine:
         held = optimizer_state.partitions(self.system, optimizer, world.rank())
         return optimizer_state.snapshot(held, optimizer, masters=self.dtype != torch.float32)
 
-    def load_optimizer_state(self, folder: Path) -> None:
+    def load_optimizer_state(self, files: list[Path]) -> None:
         """Read what the optimisers of all ranks of a run remembered, whatever their number and ZeRO stage.
 
         The weights must be those of the checkpoint already (`checkpoint.load_weights`, before the engine is made).
@@ -179,7 +179,7 @@ class Engine:
         """
         optimizer = self._engine.optimizer
         held = optimizer_state.partitions(self.system, optimizer, world.rank())
-        stored = optimizer_state.StoredState(folder)
+        stored = optimizer_state.StoredState(files)
         optimizer_state.restore(held, optimizer, stored, masters=self.dtype != torch.float32)
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:

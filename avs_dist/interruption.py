@@ -28,11 +28,13 @@ class Preempted(Exception):
 @contextmanager
 def noted() -> Iterator[None]:
     """Within the block the signals no longer end the process but are noted, for `received`; afterwards the former
-    handlers are back. Outside the main thread, where Python sets no handlers, it does nothing."""
+    handlers are back. Within another such block, and outside the main thread, where Python sets no handlers, it does
+    nothing."""
     global _received
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(SIGNALS[0]) is _note:
         yield
         return
+    _received = None
     before = {each: signal.signal(each, _note) for each in SIGNALS}
     try:
         yield

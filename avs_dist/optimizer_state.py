@@ -143,16 +143,17 @@ class StoredState:
     """The pieces of all ranks of a checkpoint.
 
     Args:
-        folder: the files that the ranks have written.
+        files: those that the ranks have written.
 
     Raises:
         ValueError: they are other files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, files: list[Path]) -> None:
+        self._files = files
         self._pieces: dict[tuple[str, str], list[_Stored]] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        self._steps: dict[str, float] = {}
+        for path in files:
             try:
                 file = safe_open(path, framework="pt")  # maps the file: only what is asked for is read
             except SafetensorError as error:
@@ -160,18 +161,20 @@ class StoredState:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 kind, rest = key.split(":", 1)
                 name, start = rest.rsplit(":", 1)
-                numel = 1 if kind == STEP else file.get_slice(key).get_shape()[0]
+                if kind == STEP:
+                    self._steps[name] = max(self._steps.get(name, 0.0), float(file.get_tensor(key)))
+                    continue
+                numel = file.get_slice(key).get_shape()[0]
                 self._pieces.setdefault((kind, name), []).append(_Stored(int(start), numel, file, key))
 
     @property
     def kinds(self) -> list[str]:
         """What the optimiser remembers of each weight."""
-        return sorted({kind for kind, _ in self._pieces} - {STEP, MASTER})
+        return sorted({kind for kind, _ in self._pieces} - {MASTER})
 
     def step(self, name: str) -> float:
         """Updates that a parameter has had."""
-        pieces = self._pieces.get((STEP, name), ())
-        return max((float(piece.file.get_tensor(piece.key)) for piece in pieces), default=0.0)
+        return self._steps.get(name, 0.0)
 
     def fill(self, flat: Tensor, kind: str, piece: Piece) -> None:
         """Copy elements of a parameter into a flat tensor, at the piece's place there.
@@ -185,8 +188,8 @@ class StoredState:
             filled += last - first
         if filled != piece.numel:
             raise ValueError(
-                f"{self._folder} holds {filled} of {piece.numel} values ({kind}) of {piece.name}: it is of another "
-                "model or optimiser; start from its weights with train.init_from"
+                f"{self._files[0].parent} holds {filled} of {piece.numel} values ({kind}) of {piece.name}: it is of "
+                "another model or optimiser; start from its weights with train.init_from"
             )
 
     def _overlapping(self, kind: str, piece: Piece) -> Iterator[tuple[int, int, Tensor]]:

@@ -33,7 +33,8 @@ def newest_checkpoint(out_dir: str | Path) -> Path | None:
     Damaged ones are told, and set aside as damaged-step-N, so that they are neither taken nor counted again.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        ValueError: there are checkpoints, and all are damaged; or one is of a newer version.
+        RuntimeError: one cannot be read at present, which does not say that it is damaged.
     """
     root = checkpoint.root(out_dir)
     folders: list[Path] = world.broadcast_object(checkpoint.step_folders(root) if world.is_main() else None)
@@ -54,15 +55,24 @@ def newest_checkpoint(out_dir: str | Path) -> Path | None:
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, if anything; the ranks share the reading."""
-    reason: str | None = None
+    damage: str | None = None
+    failure: OSError | checkpoint.UnknownFormatError | None = None
     try:
         if not (folder / MANIFEST).is_file():
             raise ValueError(f"{folder} has no {MANIFEST}")
         files = sorted(checkpoint.manifest(folder)["files"].items())
         checkpoint.verify(folder, dict(files[world.rank() :: world.world_size()]))
-    except (ValueError, OSError) as error:
-        reason = str(error)
-    return next(filter(None, world.gather_objects(reason)), None)
+    except (OSError, checkpoint.UnknownFormatError) as error:
+        failure = error
+    except ValueError as error:
+        damage = str(error)
+    told = world.gather_objects((damage, failure))
+    for rank, (_, failed) in enumerate(told):
+        if isinstance(failed, OSError):
+            raise RuntimeError(f"rank {rank} cannot read {folder} ({failed}): start again when its disk can be read")
+        if failed is not None:
+            raise failed
+    return next((reason for reason, _ in told if reason), None)
 
 
 def _set_aside(skipped: list[tuple[Path, str]]) -> None:
@@ -100,8 +110,9 @@ def restore(engine: Engine, folder: Path) -> int:
 
     The weights must be those of the checkpoint already.
     """
-    engine.load_optimizer_state(folder / STATE)
-    return int(checkpoint.manifest(folder)["step"])
+    manifest = checkpoint.manifest(folder)
+    engine.load_optimizer_state([folder / name for name in manifest["files"] if Path(name).parent == Path(STATE)])
+    return int(manifest["step"])
 
 
 def _lasting(config: Config) -> dict[str, Any]:

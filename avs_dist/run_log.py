@@ -24,7 +24,8 @@ from avs_dist.shards.files import write_text
 
 
 class RunLog:
-    """Everything on rank 0 only. What cannot be written, as on a full disk, is told once and does not end the run."""
+    """Everything on rank 0 only. What cannot be written later, as on a full disk, is told once and does not end the
+    run; a run whose log cannot even be opened is ended on all ranks."""
 
     def __init__(self, config: Config, first_step: int) -> None:
         self._config = config
@@ -37,12 +38,19 @@ class RunLog:
         if self._main:
             out_dir = Path(self._config.train.out_dir)
             self._damaged = -1 if (out_dir / REPORT_FILE).is_file() else 0  # an old report is written anew
-            write_text(out_dir / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
-            self._records = _open_records(out_dir / "metrics.jsonl", self._first_step)
-            self._board: SummaryWriter | None = self._open_board(self._first_step)
+            self._board: SummaryWriter | None = None
+        if failure := world.on_main(self._open):
+            raise RuntimeError(f"the log in {self._config.train.out_dir} cannot be written: {failure}")
+        if self._main:
             self._bar = tqdm(total=self._config.train.max_steps, initial=self._first_step, desc="train", unit="step")
             self._since = time.monotonic()
         return self
+
+    def _open(self) -> None:
+        out_dir = Path(self._config.train.out_dir)
+        write_text(out_dir / "config.yaml", yaml.safe_dump(to_dict(self._config), sort_keys=False))
+        self._records = _open_records(out_dir / "metrics.jsonl", self._first_step)
+        self._board = self._open_board(self._first_step)
 
     def __exit__(self, *exc: object) -> None:
         if self._main:
@@ -139,8 +147,15 @@ class RunLog:
 
 def _open_records(path: Path, first_step: int) -> FileIO:
     """metrics.jsonl for appending; what a crashed run logged after its last checkpoint is dropped, as it is redone,
-    and so is a line torn by a crash."""
-    old = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= first_step]
+    and so is a line torn by a crash or a power cut."""
+    old = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    kept = [line for line in old if (step := _step_of(line)) is not None and step <= first_step]
     write_text(path, "".join(f"{line}\n" for line in kept))
     return FileIO(path, "a")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

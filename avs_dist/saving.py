@@ -7,12 +7,13 @@ final name. A save that fails, such as on a full disk, costs that checkpoint and
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Saver:
         self.finish()
         newest = self.newest
         if newest and newest.name == _name(step):
-            if metrics and (failure := _on_main(lambda: self._add_metrics(newest, metrics))):
+            if metrics and (failure := world.on_main(lambda: self._add_metrics(newest, metrics))):
                 _warn(f"the measures of {newest} could not be noted ({failure}); make room")
             return
         token = world.broadcast_object(secrets.token_hex(4))
@@ -91,7 +92,7 @@ class Saver:
         parts = world.gather_objects((pending.files, pending.failure))
         failure = next((f"rank {rank}: {why}" for rank, (_, why) in enumerate(parts) if why), None)
         files = {name: facts for written, _ in parts for name, facts in written.items()}
-        self.failure = failure or _on_main(lambda: self._publish(pending, files))
+        self.failure = failure or world.on_main(lambda: self._publish(pending, files))
         if self.failure is None:
             self.newest = self._root / _name(pending.step)
             self._settle()
@@ -101,7 +102,7 @@ class Saver:
             _warn(f"the checkpoint of step {pending.step} could not be written ({self.failure}): {kept}; make room")
 
     def _settle(self) -> None:
-        if reason := _on_main(self._point_and_prune):
+        if reason := world.on_main(self._point_and_prune):
             _warn(f"{self.newest} is written, but not pointed to ({reason}); make room")
 
     def _publish(self, pending: _Save, files: Files) -> None:
@@ -114,7 +115,7 @@ class Saver:
         files["config.yaml"] = _flushed(pending.staging / "config.yaml")
         seal(pending.staging, self._config, files, **pending.facts)
         final = self._root / _name(pending.step)
-        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
+        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there: the run has its folder alone
         os.replace(pending.staging, final)
         sync_directory(self._root)
         sync_directory(self._root.parent)
@@ -129,17 +130,21 @@ class Saver:
         """Point to the newest and the best checkpoint; keep the best and the newest train.keep_last.
 
         What the manifests say counts, so pointers that were lost or damaged come right again.
+
+        Raises:
+            OSError: a manifest cannot be read at present; then nothing is deleted.
         """
         whole = {folder: facts for folder in checkpoint.newest_first(self._root) if (facts := _facts(folder))}
-        measured = [folder for folder, facts in whole.items() if self._best_by in facts["metrics"]]
-        best = max(measured, key=lambda folder: whole[folder]["metrics"][self._best_by], default=None)
+        scores = {folder: facts["metrics"].get(self._best_by, math.nan) for folder, facts in whole.items()}
+        best = max((folder for folder in whole if math.isfinite(scores[folder])), key=scores.__getitem__, default=None)
         for pointer, folder in {"best.json": best, "last.json": next(iter(whole), None)}.items():
             if folder is not None:
                 entry = {"folder": folder.name, "step": whole[folder]["step"], **whole[folder]["metrics"]}
                 write_text(self._root / pointer, json.dumps(entry, indent=1) + "\n")
-        kept = [best, *list(whole)[: self._config.train.keep_last]]
+        kept = [best, self.newest, *list(whole)[: self._config.train.keep_last]]
         for folder in checkpoint.step_folders(self._root):
-            if folder not in kept:
+            half_deleted = not (folder / MANIFEST).exists()
+            if folder not in kept and (folder in whole or half_deleted):
                 # without its manifest first: what is half deleted must not pass for a checkpoint
                 (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -193,14 +198,15 @@ def seal(folder: Path, config: Config, files: Files | None = None, **facts: Any)
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; the library's own are for nobody but their owner to read."""
     save_file(tensors, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    with suppress(OSError):  # some file systems have no modes
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _facts(folder: Path) -> dict[str, Any] | None:
-    """The manifest, where it can be read and is complete."""
+    """The manifest, where it is undamaged and complete."""
     try:
         facts = checkpoint.manifest(folder)
-    except (ValueError, OSError):
+    except ValueError:
         return None
     return facts if "metrics" in facts and "step" in facts else None
 
@@ -210,17 +216,6 @@ def _flushed(path: Path) -> dict[str, Any]:
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _on_main(write: Callable[[], None]) -> str | None:
-    """Let rank 0 write; every rank hears why it could not, and nobody goes on before it has."""
-    failure: str | None = None
-    if world.is_main():
-        try:
-            write()
-        except Exception as error:  # whatever it is, the other ranks must hear of it
-            failure = f"rank 0: {type(error).__name__}: {error}"
-    return world.broadcast_object(failure)
 
 
 def _warn(text: str) -> None:

@@ -14,6 +14,7 @@ from avs_dist.engine import Engine, stop
 from avs_dist.interruption import Preempted
 from avs_dist.loader import TrainBatches
 from avs_dist.nonfinite import NonFiniteError, SkippedSteps
+from avs_dist.ownership import sole_owner
 from avs_dist.placement import placement
 from avs_dist.run_log import RunLog
 from avs_dist.saving import Saver
@@ -21,6 +22,7 @@ from avs_dist.shards.index import ShardIndex
 from avs_dist.stored_audio import check_stored_audio
 from avs_dist.systems import build_system
 from avs_dist.tasks import build_task
+from avs_dist.tasks.base import Task
 from avs_dist.watchdog import phase, watching
 
 
@@ -45,99 +47,131 @@ def _train(config: Config, device: torch.device) -> Path:
     task = build_task(config)  # fails before anything expensive is built
     index = ShardIndex.load(config.data.shards)
     task.check_data(index)
-    previous = _previous_run(config)
-    torch.manual_seed(config.seed)
-    begin = previous or config.train.init_from
-    system = build_system(config, load_pretrained=begin is None)
-    if begin:
-        checkpoint.check_classes(begin, index.classes, config.data.shards)
-    learnt = _word_vectors(config, index, begin)
-    facts = {"image_size": index.image_size, "classes": index.classes, "word_vectors": learnt}
-    if previous:
-        resuming.check_settings(previous, config, index.image_size)
-    if begin:
-        checkpoint.load_weights(system, begin)
-    check_stored_audio(system, index)
-    engine = Engine(system, config, device)
-    done = resuming.restore(engine, previous) if previous else 0
-    batches = TrainBatches(config, index, done)
-    if previous and (state := checkpoint.data_state(previous)):
-        batches.load_state(state)
-    saver = Saver(engine, config, best_by=task.best_by, facts=facts, newest=previous)
-    where = placement()
-    if world.is_main():
-        print(f"{engine.describe()}\n{where}", flush=True)
-        if config.train.resume:
-            print(f"resumed from {previous}" if previous else f"no checkpoint in {config.train.out_dir}: from step 0")
+    with sole_owner(config.train.out_dir):
+        return _Run(config, task, index, device).to_the_end()
 
-    def save(metrics: dict[str, float]) -> None:
-        with phase(f"saving step {done}"):
-            saver.save(done, metrics, batches.state(done))
 
-    def evaluate() -> None:
-        with phase(f"evaluating step {done}"):
-            metrics, codes = task.evaluate(engine)
-        log.evaluation(done, metrics, codes)
-        save(metrics)
+class _Run:
+    """A training from where it was left; every method is collective."""
 
-    def train_step(micro_batches: list[Any]) -> dict[str, float]:
+    def __init__(self, config: Config, task: Task, index: ShardIndex, device: torch.device) -> None:
+        self.config, self.task, self.out_dir = config, task, Path(config.train.out_dir)
+        self.previous = _previous_run(config)
+        torch.manual_seed(config.seed)
+        begin = self.previous or config.train.init_from
+        system = build_system(config, load_pretrained=begin is None)
+        if begin:
+            checkpoint.check_classes(begin, index.classes, config.data.shards)
+        learnt = _word_vectors(config, index, begin)
+        facts = {"image_size": index.image_size, "classes": index.classes, "word_vectors": learnt}
+        if self.previous:
+            resuming.check_settings(self.previous, config, index.image_size)
+        if begin:
+            checkpoint.load_weights(system, begin)
+        check_stored_audio(system, index)
+        self.engine = Engine(system, config, device)
+        self.done = resuming.restore(self.engine, self.previous) if self.previous else 0
+        self.batches = TrainBatches(config, index, self.done)
+        if self.previous and (state := checkpoint.data_state(self.previous)):
+            self.batches.load_state(state)
+        self.saver = Saver(self.engine, config, best_by=task.best_by, facts=facts, newest=self.previous)
+        self.skipped = SkippedSteps(config.train.max_nonfinite, self.out_dir, self.done)
+        self._tell_begin()
+
+    def to_the_end(self) -> Path:
+        """The loop; returns the last checkpoint."""
+        with RunLog(self.config, first_step=self.done) as self.log:
+            try:
+                self._loop()
+            except (DataError, NonFiniteError, Preempted) as reason:  # on all ranks alike
+                self._save_at_stop(reason)
+                raise
+            finally:
+                self.log.damage(self.done, self.batches.damage, self.task.damage)
+            with phase(f"saving step {self.done}"):
+                self.saver.finish()
+        newest = self.saver.newest
+        if self.saver.failure is not None:
+            raise RuntimeError(f"the last checkpoint could not be written ({self.saver.failure}); newest: {newest}")
+        if newest is None:
+            raise ValueError(f"train.max_steps={self.config.train.max_steps}: nothing to train")
+        if world.is_main():
+            if len(self.batches.damage):
+                print(f"{self.batches.damage.summary()}: see {self.out_dir / REPORT_FILE}", flush=True)
+            print(f"checkpoint: {newest}", flush=True)
+        return newest
+
+    def _loop(self) -> None:
+        every = self.config.train
+        if self.previous:
+            self.batches.recall(self.out_dir)
+            if self._due(every.eval_every) and not checkpoint.is_measured(self.previous):
+                self._evaluate()
+        for micro_batches in self.batches:
+            self.log.damage(self.done, self.batches.damage, self.task.damage)
+            terms = self._step(micro_batches)
+            self.log.step(self.done, terms, self.engine.learning_rate(self.done), self.skipped.count)
+            self.done += 1
+            with phase("completing a checkpoint"):
+                self.saver.poll()
+            if self._due(every.eval_every):
+                self._evaluate()
+            elif self._due(every.save_every):
+                self._save({})
+
+    def _step(self, micro_batches: list[Any]) -> dict[str, float]:
         """Terms of the step; none where all ranks had to skip it."""
-        augmented = [task.augment(batch, done) for batch in micro_batches]
+        augmented = [self.task.augment(batch, self.done) for batch in micro_batches]
         try:
-            with phase(f"training step {done}"):
-                terms = engine.train_step(augmented, done)
+            with phase(f"training step {self.done}"):
+                terms = self.engine.train_step(augmented, self.done)
         except NonFiniteError as error:
-            skipped.add(error)
-            log.skipped(error, skipped)
-            skipped.check(error)
+            self.skipped.add(error)
+            self.log.skipped(error, self.skipped)
+            self.skipped.check(error)
             return {}
-        skipped.passed()
+        self.skipped.passed()
         return terms
 
-    skipped = SkippedSteps(config.train.max_nonfinite, Path(config.train.out_dir), done)
-    with RunLog(config, first_step=done) as log:
-        try:
-            if previous:
-                batches.recall(Path(config.train.out_dir))
-                if _due(done, config.train.eval_every, config) and not checkpoint.is_measured(previous):
-                    evaluate()
-            for micro_batches in batches:
-                log.damage(done, batches.damage, task.damage)
-                log.step(done, train_step(micro_batches), engine.learning_rate(done), skipped.count)
-                done += 1
-                saver.poll()
-                if _due(done, config.train.eval_every, config):
-                    evaluate()
-                elif _due(done, config.train.save_every, config):
-                    save({})
-        except (DataError, NonFiniteError, Preempted) as reason:  # on all ranks alike
-            if done:
-                save({})
-                saver.finish()
-            if isinstance(reason, Preempted):
-                _tell_saved(f"{reason} after step {done}", saver)
-            raise
-        finally:
-            log.damage(done, batches.damage, task.damage)
-        with phase(f"saving step {done}"):
-            saver.finish()
-    if saver.failure is not None:
-        raise RuntimeError(f"the last checkpoint could not be written ({saver.failure}); newest: {saver.newest}")
-    if saver.newest is None:
-        raise ValueError(f"train.max_steps={config.train.max_steps}: nothing to train")
-    if world.is_main():
-        if len(batches.damage):
-            print(f"{batches.damage.summary()}: see {Path(config.train.out_dir) / REPORT_FILE}", flush=True)
-        print(f"checkpoint: {saver.newest}", flush=True)
-    return saver.newest
+    def _evaluate(self) -> None:
+        with phase(f"evaluating step {self.done}"):
+            metrics, codes = self.task.evaluate(self.engine)
+        self.log.evaluation(self.done, metrics, codes)
+        self._save(metrics)
 
+    def _save(self, metrics: dict[str, float]) -> None:
+        with phase(f"saving step {self.done}"):
+            self.saver.save(self.done, metrics, self.batches.state(self.done))
 
-def _tell_saved(stopped: str, saver: Saver) -> None:
-    saved = f"saved in {saver.newest}" if saver.newest else "there is nothing to save"
-    if saver.failure is not None:
-        saved = f"it could not be saved ({saver.failure}), the newest checkpoint is {saver.newest}"
-    if world.is_main():
-        print(f"{stopped}: {saved}; continue with --train.resume true", flush=True)
+    def _save_at_stop(self, reason: Exception) -> None:
+        """What was done is not lost.
+
+        Raises:
+            RuntimeError: it is, as it could not be saved.
+        """
+        if self.done:
+            self._save({})
+            with phase(f"saving step {self.done}"):
+                self.saver.finish()
+        newest = self.saver.newest
+        if self.saver.failure is not None:
+            unsaved = f"step {self.done} could not be saved ({self.saver.failure}), the newest checkpoint is {newest}"
+            raise RuntimeError(f"{reason}; {unsaved}") from reason
+        if isinstance(reason, Preempted) and world.is_main():
+            saved = f"saved in {newest}" if newest else "there is nothing to save"
+            print(f"{reason} after step {self.done}: {saved}; continue with --train.resume true", flush=True)
+
+    def _due(self, every: int) -> bool:
+        """Whether it is time for what is done every so many steps, and at the end."""
+        return self.done == self.config.train.max_steps or (every > 0 and self.done % every == 0)
+
+    def _tell_begin(self) -> None:
+        where, previous = placement(), self.previous
+        if world.is_main():
+            print(f"{self.engine.describe()}\n{where}", flush=True)
+            if self.config.train.resume:
+                place = self.config.train.out_dir
+                print(f"resumed from {previous}" if previous else f"no checkpoint in {place}: from step 0")
 
 
 def _previous_run(config: Config) -> Path | None:
@@ -162,8 +196,3 @@ def _word_vectors(config: Config, index: ShardIndex, begin: Path | str | None) -
         return index.word_vectors
     checkpoint.check_word_vectors(learnt_by, index.word_vectors, config.data.shards)
     return index.word_vectors or checkpoint.word_vectors(learnt_by)
-
-
-def _due(steps_done: int, every: int, config: Config) -> bool:
-    """Whether it is time for what is done every so many steps, and at the end."""
-    return steps_done == config.train.max_steps or (every > 0 and steps_done % every == 0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -91,9 +92,9 @@ def phase(what: str | Callable[[], str], patience: float = LAST_RESORT) -> Itera
         reason = str(error).strip().splitlines()[0]
         raise LostRankError(f"rank {world.rank()} lost another rank while {describe()}: {reason}") from error
     finally:
+        for outer in _phases[-2:-1]:
+            outer.begin()
         _phases.pop()
-        if _phases:
-            _phases[-1].begin()
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
@@ -106,9 +107,9 @@ def _is_lost_contact(error: RuntimeError) -> bool:
 
 def _watch(ended: threading.Event, interval_s: float) -> None:
     while not ended.wait(interval_s):
-        current = _phases[-1] if _phases else None
-        if current is not None and current.is_overdue():
-            _end(current)
+        for current in _phases[-1:]:  # there may be none
+            if current.is_overdue():
+                _end(current)
 
 
 def _end(stuck: _Phase) -> None:
@@ -116,6 +117,9 @@ def _end(stuck: _Phase) -> None:
         f"rank {world.rank()} is stuck while {stuck.describe()}: more than {stuck.limit_s:g} s "
         f"(engine.timeout_s={_timeout_s:g}); what its threads do follows"
     )
-    os.write(2, f"\navs-dist: {text}\n".encode())  # sys.stderr may be locked by a thread that is stuck
-    faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-    os._exit(EXIT_CODE)
+    signal.alarm(5)  # ends the process where nobody empties the pipe behind stderr
+    try:
+        os.write(2, f"\navs-dist: {text}\n".encode())  # sys.stderr may be locked by a thread that is stuck
+        faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+    finally:  # also where nobody reads, or the log's disk is full
+        os._exit(EXIT_CODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -52,7 +53,7 @@ def _meet(backend: str, timeout_s: float) -> None:
     limit_s = max(timeout_s * PATIENCE, LATEST_START_S) if timeout_s else None
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=limit_s) if limit_s else None)
-    except dist.DistError as error:
+    except RuntimeError as error:  # gloo raises plain ones
         where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise RuntimeError(
             f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} has not met all others at {where} ({error}): "
@@ -187,6 +188,17 @@ def gather_objects(value: Any) -> list[Any]:
     out: list[Any] = [None] * world_size()
     dist.all_gather_object(out, value)
     return out
+
+
+def on_main(do: Callable[[], None]) -> str | None:
+    """Let rank 0 do something; every rank hears why it could not, and nobody goes on before it has."""
+    failure: str | None = None
+    if is_main():
+        try:
+            do()
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            failure = f"rank 0: {type(error).__name__}: {error}"
+    return broadcast_object(failure)
 
 
 def broadcast_object(value: Any) -> Any:

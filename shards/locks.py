@@ -6,7 +6,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
@@ -27,7 +27,8 @@ def lock_file(path: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked child has it open, too
+        with suppress(OSError):  # of a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked child has it open, too
         os.close(descriptor)
 
 

@@ -97,3 +97,11 @@ def test_a_rank_that_never_comes_is_not_waited_for_without_end() -> None:
     assert re.search(r"RuntimeError: rank 0 of 2 has not met all others.*1/2 clients joined.*avs-dist doctor", told), (
         told
     )
+
+
+def test_a_stuck_rank_ends_where_nobody_reads_what_it_says() -> None:
+    command = [sys.executable, "-c", STUCK]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as run:
+        assert run.stderr is not None
+        run.stderr.close()
+        assert run.wait(60) == 69

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import pickle
@@ -63,8 +64,8 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def of_another_version(path: Path) -> None:
-    facts = {**json.loads(path.read_text()), "format": 99}
+def of_another_version(path: Path, version: int = 99) -> None:
+    facts = {**json.loads(path.read_text()), "format": version}
     facts.pop("sha256")
     path.write_text(json.dumps({**facts, "sha256": checkpoint._hash(facts)}))
 
@@ -80,7 +81,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda path: (path / MANIFEST).unlink(), f"has no {MANIFEST}"),
     "empty manifest": (lambda path: (path / MANIFEST).write_text(""), f"{MANIFEST} is damaged"),
     "other JSON": (lambda path: (path / MANIFEST).write_text("[]"), "is not the manifest of a checkpoint"),
-    "other version": (lambda path: of_another_version(path / MANIFEST), "is of format 99, known is 2"),
 }
 
 
@@ -94,6 +94,23 @@ def test_the_newest_whole_one_is_taken_and_what_is_skipped_is_told(damage: str, 
     assert not folder(run, 4).exists()
     assert resuming.newest_checkpoint(run) == folder(run, 3)
     assert capsys.readouterr().err == ""  # once
+
+
+def test_a_newer_version_or_a_disk_that_fails_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is not continued from an older checkpoint, and nothing is set aside or deleted."""
+    of_another_version(folder(run, 4) / MANIFEST)
+    with pytest.raises(ValueError, match="is of format 99, known is 2: update avs_dist"):
+        resuming.newest_checkpoint(run)
+    assert folder(run, 4).is_dir()
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checkpoint, "sha256_of", fails)
+    of_another_version(folder(run, 4) / MANIFEST, 2)
+    with pytest.raises(RuntimeError, match="rank 0 cannot read .*step-000004 .*[Ss]tale"):
+        resuming.newest_checkpoint(run)
+    assert folder(run, 4).is_dir()
 
 
 def test_every_byte_of_a_manifest_counts(run: Path) -> None:

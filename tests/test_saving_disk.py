@@ -139,6 +139,33 @@ def test_what_is_half_deleted_is_no_checkpoint_and_goes_the_next_time(
     assert not folder(tmp_path, 1).exists()
 
 
+def test_nothing_is_deleted_while_a_manifest_cannot_be_read(
+    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network file system may fail for a moment."""
+    save(saver, 1), save(saver, 2)
+    read = Path.read_text
+
+    def fails(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path == folder(tmp_path, 2) / MANIFEST:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fails)
+        save(saver, 3)
+    assert kept(tmp_path) == [3, 2, 1]
+    assert "step-000003 is written, but not pointed to" in capsys.readouterr().err
+    save(saver, 4)
+    assert kept(tmp_path) == [4, 3]
+
+
+def test_a_measure_that_is_no_number_is_never_the_best(saver: Saver, tmp_path: Path) -> None:
+    for step, miou in ((1, 0.2), (2, float("nan")), (3, 0.1)):
+        save(saver, step, miou=miou)
+        assert checkpoint.pointed(tmp_path / "checkpoints/best.json") == folder(tmp_path, 1)
+
+
 def test_all_is_on_disk_before_it_is_named_and_named_before_others_go(
     saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ class _Normalised(torch.autograd.Function):
         x = x_NCHW.to(weight_C.dtype)
         mean_C = x.mean((0, 2, 3))
         var_C = (x - _maps(mean_C)).square_().mean((0, 2, 3))  # on a CPU ten times as fast as torch.var_mean
-        num_pixels = mean_C.new_tensor(float(x.numel() // x.shape[1]))
+        num_pixels = mean_C.new_full((), float(x.numel() // x.shape[1]))
         moments = merge_ranks(Moments(num_pixels, mean_C, var_C), all_reduce_sum if world_size() > 1 else None)
         inverse_C = torch.rsqrt(moments.var_C + eps)
         scale_C = weight_C * inverse_C

@@ -44,7 +44,7 @@ def contrast(config: DiffusionLossConfig, code_MD: Tensor, condition_MD: Tensor,
     if config.symmetric:
         all_conditions_ND, _ = gather_rows(condition_MD)
         loss_M = (loss_M + compare(cosine_scores(code_MD, all_conditions_ND))) / 2
-    count, negative_MN = loss_M.new_tensor(float(len(loss_M))), ~same_MN
+    count, negative_MN = loss_M.new_full((), float(len(loss_M))), ~same_MN
     return Contrast(
         global_mean(loss_M.sum(), count),
         global_mean(scores_MN.gather(1, own_M[:, None]).detach().sum(), count),

@@ -191,7 +191,7 @@ def set_num_steps(system: System, num_steps: int) -> None:
 def _deviation(code_MD: Tensor) -> Tensor:
     """Standard deviation of the codes of all ranks, a mean over dimensions: it shows drift of their scale."""
     code_MD = code_MD.detach()
-    count = all_reduce_sum(code_MD.new_tensor(float(len(code_MD)))).clamp_min(1.0)
+    count = all_reduce_sum(code_MD.new_full((), float(len(code_MD)))).clamp_min(1.0)
     sums_2D = all_reduce_sum(torch.stack([code_MD.sum(0), code_MD.square().sum(0)])) / count
     return (sums_2D[1] - sums_2D[0].square()).clamp_min(0).sqrt().mean()
 

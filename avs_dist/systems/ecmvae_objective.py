@@ -141,7 +141,7 @@ class Objective(nn.Module):
         if self.published:
             return ecmvae_code.difference(shared_BTL, specific, clip.valid_BT, all_reduce_sum)
         loss_B = latent.orthogonality([shared_BTL, *specific], clip.valid_BT)
-        return global_mean(loss_B.sum(), loss_B.new_tensor(float(len(loss_B))))
+        return global_mean(loss_B.sum(), loss_B.new_full((), float(len(loss_B))))
 
     def _information(self, path: Painted) -> Tensor:
         """Eq. 11 with H(SC^a) taken as a constant (0), as the paper does: log q(sc_a | sc_v) of each frame."""
