@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hosts import wait_until
 
 from avs_dist.launch.checks.collective import free_port
 from avs_dist.launch.checks.hosts import read_hostfile
@@ -48,6 +49,17 @@ if [[ $ENDS == signal ]]; then
 fi
 exit "$ENDS"
 """
+# the parent of restart.sh where nobody asks for the codes of processes whose parent has ended, as in some containers:
+# they come to it and stay zombies
+NO_REAPER = """
+import ctypes, signal, subprocess, sys
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER
+process = subprocess.Popen(sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+sys.exit(process.wait())
+"""
+# a rank that goes on whatever it is told
+STAYS = "trap 'exit 143' TERM; bash -c 'trap \"\" TERM; echo > ready; sleep 4' & wait"
 # a rank of two: both meet, one is killed, the other waits for it; the next time both end well
 MEETS_TWICE = """
 import os, signal
@@ -90,11 +102,23 @@ def run_script(*command: object, cwd: Path, **options: Any) -> subprocess.Comple
     return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200, **options)
 
 
-def eventually(condition: Callable[[], Any], limit_s: float = 120) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+@contextlib.contextmanager
+def started(*command: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that is not left behind."""
+    process = subprocess.Popen([*map(str, command)], text=True, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)  # restart.sh hands it on to the group of its command
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def restarted(cwd: Path, codes: list[int], *options: object) -> tuple[int, int, str]:
@@ -132,6 +156,8 @@ def test_scripts_parse_and_may_be_run(script: Path) -> None:
         ([75, 0], ("-p",), 75, 1),
         ([1, 0], ("-p",), 0, 2),
         ([1, 1, 1, 1, 0], ("-n", 2, "-l", 0), 0, 5),
+        ([1, 1, 75, 1, 0], ("-n", 2, "-l", 0, "-m", 3), 1, 4),
+        ([1, 1, 0], ("-n", "02", "-w", "09"), 1, 2),
     ],
 )
 def test_restart_by_exit_code(
@@ -147,7 +173,7 @@ def test_restart_waits_longer_after_each_failure(tmp_path: Path) -> None:
     assert "failed with code 1 (1 of 5); starting again in 200 s" in said
 
 
-@pytest.mark.parametrize("arguments", [(), ("-n", "x", "true"), ("-z", "true")])
+@pytest.mark.parametrize("arguments", [(), ("-n", "x", "true"), ("-m", "9" * 20, "true"), ("-z", "true")])
 def test_restart_refuses_what_it_does_not_know(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = run_script(RESTART, *arguments, cwd=tmp_path)
     assert done.returncode == 2
@@ -156,23 +182,42 @@ def test_restart_refuses_what_it_does_not_know(arguments: tuple[str, ...], tmp_p
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_restart_tells_all_ranks_to_stop_and_waits_until_they_have_saved(number: int, tmp_path: Path) -> None:
-    process = subprocess.Popen([RESTART, "bash", "-c", LAUNCHER], cwd=tmp_path)
-    eventually((tmp_path / "ready").exists)
-    process.send_signal(number)
-    assert process.wait(timeout=120) == 143  # what its launcher died of
+    with started(RESTART, "bash", "-c", LAUNCHER, cwd=tmp_path) as process:
+        wait_until((tmp_path / "ready").exists, "ready", 60)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 143  # what its launcher died of
     assert (tmp_path / "saved").exists()
 
 
+def test_restart_does_not_wait_for_ranks_that_have_ended_and_that_nobody_asks_for_their_code(tmp_path: Path) -> None:
+    with started(sys.executable, "-c", NO_REAPER, RESTART, "bash", "-c", LAUNCHER, cwd=tmp_path) as process:
+        wait_until((tmp_path / "ready").exists, "ready", 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+    assert (tmp_path / "saved").exists()
+
+
+def test_restart_gives_up_on_ranks_that_stay(tmp_path: Path) -> None:
+    with started(RESTART, "-g", 1, "bash", "-c", STAYS, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        wait_until((tmp_path / "ready").exists, "ready", 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+        assert process.stderr is not None
+        said = process.stderr.readline()  # those that stay have the pipe too
+    assert re.search(r"still there 1 s after the command has ended: process \d+", said)
+
+
 def test_restart_stops_while_it_waits(tmp_path: Path) -> None:
-    process = subprocess.Popen([RESTART, "-w", "100", "bash", "-c", "echo > ready; exit 1"], cwd=tmp_path)
-    eventually((tmp_path / "ready").exists)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 1
+    command = ("bash", "-c", "echo > ready; exit 1")
+    with started(RESTART, "-w", 100, *command, cwd=tmp_path, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert "starting again in 100 s" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 1
 
 
 @pytest.fixture
-def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+def slurm(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts train.sbatch with stand-ins for Slurm's commands, two tasks on one node."""
     commands = tmp_path / "commands"
     commands.mkdir()
@@ -188,9 +233,10 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         # sbatch runs a copy of the script
         script = shutil.copy(CLUSTER / "slurm" / "train.sbatch", tmp_path)
         pipe = subprocess.PIPE
-        return subprocess.Popen(["bash", script, *arguments], env=env, stdout=pipe, stderr=pipe, text=True)
+        return jobs.enter_context(started("bash", script, *arguments, env=env, stdout=pipe, stderr=pipe))
 
-    return start
+    with contextlib.ExitStack() as jobs:
+        yield start
 
 
 @pytest.fixture
@@ -208,7 +254,7 @@ def test_slurm_job_goes_back_into_the_queue_after_a_preemption(
     variables = {"PYTHON": str(tmp_path / "commands" / "rank"), "ENDS": "signal", "JOB_STATE": state}
     job = slurm("--config", "a config.yaml", folder=checkout, **variables)
     pids = [checkout / f"pid-{rank}" for rank in range(2)]
-    eventually(lambda: all(pid.exists() and pid.read_text().strip() for pid in pids))
+    wait_until(lambda: all(pid.exists() and pid.read_text().strip() for pid in pids), "both ranks run", 60)
     for pid in pids:  # --signal=TERM@300 reaches all processes of the tasks, not the script
         os.killpg(os.getpgid(int(pid.read_text())), signal.SIGTERM)
     _, said = job.communicate(timeout=120)
@@ -263,10 +309,10 @@ def test_node_of_kubernetes_starts_its_ranks_and_keeps_their_exit_code(tmp_path:
     shared = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     shared |= {"GPUS_PER_NODE": "1", "DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path), "PATH": launchers_path()}
     command = [CLUSTER / "kubernetes" / "node.sh", program, "last argument"]
-    nodes = [
-        subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **shared, "PET_NODE_RANK": str(n)}) for n in range(2)
-    ]
-    assert [node.wait(timeout=200) for node in nodes] == [PREEMPTED, PREEMPTED]
+    with contextlib.ExitStack() as running:
+        own = [{**os.environ, **shared, "PET_NODE_RANK": str(number)} for number in range(2)]
+        nodes = [running.enter_context(started(*command, cwd=tmp_path, env=env)) for env in own]
+        assert [node.wait(timeout=200) for node in nodes] == [PREEMPTED, PREEMPTED]
     for rank in range(2):
         assert (tmp_path / f"rank-{rank}").read_text() == f"{rank} 0 2 127.0.0.1 last argument"
 
@@ -278,15 +324,10 @@ def test_ranks_under_torchrun_meet_again_after_one_was_killed(tmp_path: Path) ->
     program.write_text(MEETS_TWICE)
     shared = {"NNODES": "2", "RANKS_PER_NODE": "1", "MEETING": f"127.0.0.1:{free_port()}", "LOCAL_ADDR": "127.0.0.1"}
     shared |= {"RUN_ID": "twice", "PATH": launchers_path(), "PYTHONPATH": str(ROOT)}
-    hosts = [
-        subprocess.Popen([CLUSTER / "torchrun" / "node.sh", program], cwd=tmp_path, env={**os.environ, **shared})
-        for _ in range(2)
-    ]
-    try:
+    with contextlib.ExitStack() as running:
+        command, env = (CLUSTER / "torchrun" / "node.sh", program), {**os.environ, **shared}
+        hosts = [running.enter_context(started(*command, cwd=tmp_path, env=env)) for _ in range(2)]
         assert [host.wait(timeout=200) for host in hosts] == [0, 0]
-    finally:
-        for host in hosts:
-            host.terminate()
     assert sorted(path.name for path in tmp_path.glob("try-*")) == [
         "try-1-rank-0",
         "try-1-rank-1",

@@ -1,43 +1,49 @@
 #!/usr/bin/env bash
 # Runs a launcher command again until the training is done.
 #
-#   restart.sh [-n TRIES] [-w SECONDS] [-l SECONDS] [-p] COMMAND...
+#   restart.sh [-n TRIES] [-m MOST] [-w SECONDS] [-l SECONDS] [-g SECONDS] [-p] COMMAND...
 #
 #   -n  failures in a row after which it gives up (5)
+#   -m  failures in all after which it gives up (50)
 #   -w  wait before the next try; doubled from failure to failure, up to 300 s (10)
-#   -l  a try that lasted so long was healthy: failures are counted anew (600)
+#   -l  a try that lasted so long was healthy: failures in a row are counted anew (600)
+#   -g  told to stop: longest wait for what is left once the command itself has ended (300)
 #   -p  pass code 75 up instead of starting again: a scheduler takes these hosts away
 #
-# By the command's exit code: 0 done. 75 preempted and saved: again, not counted. 2, 126, 127 an error of the settings
-# or the command line, 130 interrupted: no further try. Any other: a failure, counted.
+# By the command's exit code: 0 done. 75 preempted, and saved what there was: again, not counted. 2, 126, 127 an error
+# of the settings or the command line, 130 interrupted: no further try. Any other: a failure, counted.
 #
 # SIGTERM, SIGINT and SIGUSR1 mean that this host goes away: the whole process group of the command gets SIGTERM, this
-# script waits until the last process of it has ended, and there is no further try.
+# script waits until the last process of it has ended, and there is no further try. Ranks on other hosts, which a
+# launcher started over ssh, are not seen from here: they may end seconds later.
 set -u
 
-tries=5 wait_s=10 long_s=600 pass_up=false
-while getopts "n:w:l:p" option; do
+tries=5 most=50 wait_s=10 long_s=600 grace_s=300 pass_up=false
+while getopts "n:m:w:l:g:p" option; do
   case $option in
     n) tries=$OPTARG ;;
+    m) most=$OPTARG ;;
     w) wait_s=$OPTARG ;;
     l) long_s=$OPTARG ;;
+    g) grace_s=$OPTARG ;;
     p) pass_up=true ;;
     *) exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))
-for number in "$tries" "$wait_s" "$long_s"; do
-  if [[ ! $number =~ ^[0-9]+$ ]]; then
-    echo "restart.sh: error: -n, -w and -l take whole numbers, got '$number'" >&2
+for name in tries most wait_s long_s grace_s; do
+  if [[ ! ${!name} =~ ^[0-9]{1,9}$ ]]; then
+    echo "restart.sh: error: -n, -m, -w, -l and -g take whole numbers of at most 9 digits, got '${!name}'" >&2
     exit 2
   fi
+  printf -v "$name" %d "$((10#${!name}))" # 09 is nine, not an octal number
 done
 if (($# == 0)); then
-  echo "restart.sh: error: which command? restart.sh [-n TRIES] [-w SECONDS] [-l SECONDS] [-p] COMMAND..." >&2
+  echo "restart.sh: error: which command? restart.sh [OPTIONS] COMMAND..., see the head of the script" >&2
   exit 2
 fi
 
-stopping=false told=false child=""
+stopping=false told=false child="" sleeper=""
 
 say() { echo "restart.sh: $*" >&2; }
 
@@ -45,8 +51,32 @@ stop() {
   stopping=true told=true
   # a launcher may die of the signal without telling its ranks, so all get it
   [[ -z $child ]] || kill -TERM -- "-$child" 2>/dev/null
+  [[ -z $sleeper ]] || kill "$sleeper" 2>/dev/null
 }
 trap stop TERM INT USR1
+
+# Processes of the command's group. A zombie has ended, though it stays until somebody asks for its code: in some
+# containers the first process never does.
+members() {
+  local file line state parent group
+  for file in /proc/[0-9]*/stat; do
+    { read -r line <"$file"; } 2>/dev/null || continue
+    read -r state parent group _ <<<"${line##*) }"
+    [[ $group != "$child" || $state == [ZX] ]] || echo "${line%% *}"
+  done
+}
+
+# Ranks may still be saving when their launcher is gone.
+wait_for_members() {
+  local left end=$((SECONDS + grace_s))
+  while left=$(members) && [[ -n $left ]]; do
+    if ((SECONDS >= end)); then
+      say "still there ${grace_s} s after the command has ended: process ${left//$'\n'/, }; not waiting any longer"
+      return
+    fi
+    sleep 0.2
+  done
+}
 
 run() {
   set -m # a process group of its own
@@ -60,17 +90,19 @@ run() {
     code=$?
     $told || break # else a signal ended the wait; bash still has the child's code
   done
-  # ranks may still be saving when their launcher is gone
-  while $stopping && kill -0 -- "-$child" 2>/dev/null; do sleep 0.2; done
+  ! $stopping || wait_for_members
   child=""
 }
 
-pause() {
+pause() { # a signal ends it at once, whenever it comes
   sleep "$1" &
-  wait $! # a signal ends it at once
+  sleeper=$!
+  ! $stopping || stop
+  wait "$sleeper"
+  sleeper=""
 }
 
-failures=0 next_wait=$wait_s
+failures=0 in_all=0 next_wait=$wait_s
 while ! $stopping; do
   since=$SECONDS
   run "$@"
@@ -90,9 +122,9 @@ while ! $stopping; do
       ;;
   esac
   if ((SECONDS - since >= long_s)); then failures=0 next_wait=$wait_s; fi
-  failures=$((failures + 1))
-  if ((failures >= tries)); then
-    say "failed with code $code, $failures times in a row: giving up"
+  failures=$((failures + 1)) in_all=$((in_all + 1))
+  if ((failures >= tries || in_all >= most)); then
+    say "failed with code $code, $failures times in a row, $in_all times in all: giving up"
     exit "$code"
   fi
   say "failed with code $code ($failures of $tries); starting again in $next_wait s"
