@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faulty_server import serving
 
 from avs_dist.launch import doctor
-from avs_dist.launch.checks import collective, machine, network, software, storage
+from avs_dist.launch.checks import cgroup, collective, machine, network, software, storage
 from avs_dist.launch.checks.rows import FAIL, OK, WARN, Options, Row, findings, one_line, size, table
 from avs_dist.shards.schema import INDEX_FILE
 
@@ -72,11 +73,13 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_options_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for arguments in (["--rank", "2"], ["--ranks", "0"]):
+    for arguments in (["--rank", "2"], ["--timeout-s", "-3"], ["--timeout-s", "nan"], ["--ranks", "0"]):
         with pytest.raises(SystemExit) as ended:
             doctor.main(arguments)
         assert ended.value.code == 2
-    assert "nearest known key: ranks" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "nearest known key: ranks" in told
+    assert "expected seconds, more than 0 and at most 86400, got '-3'" in told
 
 
 def test_table_is_aligned_and_has_colour_only_where_asked() -> None:
@@ -175,6 +178,50 @@ def test_more_threads_than_processors_are_told(monkeypatch: pytest.MonkeyPatch) 
     assert machine.processors(Options(".")).state == WARN
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_that_a_control_group_grants_counts(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job within a container: its own group is wide, and the one above it bounds."""
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "OWN", tmp_path / "own")
+    limit, used, cache = cgroup.VERSION_1 if version == 1 else cgroup.VERSION_2
+    (tmp_path / "own").write_text("4:cpu,memory:/job/step\n5:pids:/job\n" if version == 1 else "0::/job/step\n")
+    job = tmp_path / "memory" / "job" if version == 1 else tmp_path / "job"
+    for folder, bound in {job: 3 * 2**30, job / "step": 2**63 - 4096 if version == 1 else "max"}.items():
+        folder.mkdir(parents=True)
+        (folder / limit).write_text(f"{bound}\n")
+        (folder / used).write_text(f"{2 * 2**30}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{cache} {2**29}\n")
+    assert cgroup.memory() == (3 * 2**30, 1.5 * 2**30)
+    row = machine.memory(Options("."))
+    assert row.state == WARN
+    assert row.found.endswith("; 1.5 GiB free of the 3 GiB that its container or job may use")
+    (tmp_path / "own").write_text("0::/\n")
+    assert cgroup.memory() is None
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=n", "-c", "user.email=n@example.org")
+    subprocess.run(["git", *identity, "-C", str(folder), *arguments], check=True, capture_output=True, timeout=60)
+
+
+def test_changes_that_differ_are_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "ROOT", tmp_path)
+    (tmp_path / "code.py").write_text("a = 1\n")
+    git(tmp_path, "init")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "code")
+    clean = software.facts()["code"]
+    assert "with changes" not in clean
+    codes = []
+    for text in (b"a = 2\n", b"a = \xff\n", b"a = 2\n"):
+        (tmp_path / "code.py").write_bytes(text)
+        codes.append(software.facts()["code"])
+    assert codes[0] == codes[2] != codes[1]
+    assert all(code.startswith(f"{clean} with changes ") for code in codes)
+
+
 def metadata(folder: Path, name: str, version: str, *asked: str) -> None:
     """A package as pip leaves it, without its code."""
     where = folder / f"{name}-{version}.dist-info"
@@ -217,7 +264,10 @@ def test_a_name_that_leads_to_loopback_is_a_fault_among_many_hosts(monkeypatch: 
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
     assert network.host_name(Options(".")).state == OK
     many = Options(".", many_hosts=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert network.host_name(many).state == FAIL
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # NCCL does not take the name
+    assert network.host_name(many).state == WARN
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     assert network.host_name(many).state == OK
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
@@ -255,6 +305,20 @@ def test_ranks_that_do_not_meet_are_told() -> None:
     answer = collective.outcome(collective.start(alone), limit_s=3)
     assert collective.row("collective", [answer]).state == FAIL
     assert "no answer within 3 s" in answer["error"]
+
+
+def test_ranks_that_say_much_are_all_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a pipe holds from the second rank, before the first one ends: as with NCCL_DEBUG=INFO."""
+    talks = "import os; os.environ['RANK'] == '0' or os.write(2, bytes(2**20)); "
+    program = talks + "from avs_dist.launch.checks import collective; raise SystemExit(collective.main())"
+    whole = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        return whole([sys.executable, "-c", program], **options)
+
+    monkeypatch.setattr(collective.subprocess, "Popen", popen)
+    (row,) = collective.local(Options(".", ranks=2, within_s=60))
+    assert row.state != FAIL, row.found
 
 
 def test_a_rank_that_breaks_is_told_with_its_last_line() -> None:

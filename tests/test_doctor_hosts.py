@@ -15,6 +15,7 @@ from typing import Any
 import hosts as namespaces
 import pytest
 
+from avs_dist.launch import doctor
 from avs_dist.launch.checks import cluster, hosts
 from avs_dist.launch.checks.collective import free_port
 from avs_dist.launch.checks.rows import FAIL, OK, WARN, Options
@@ -109,6 +110,83 @@ def test_an_agent_that_hangs_breaks_or_says_other_things(local_hosts: Any) -> No
     assert abs(talks.ask("clock", 60) - time.time()) < 60
 
 
+def test_an_answer_that_comes_too_late_is_not_taken_for_the_next_one(local_hosts: Any) -> None:
+    (host,) = local_hosts(AGENT)
+    host.ask("clock", 60)
+    with pytest.raises(hosts.HostError, match="no answer within 0.1 s"):
+        host.ask("see", 0.1, path="/no/such/file", token="x")  # it looks for 2 s
+    assert abs(host.ask("clock", 60) - time.time()) < 60
+
+
+def test_an_agent_that_says_no_more_and_does_not_end_is_told(local_hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "END_S", 0.5)
+    (silent,) = local_hosts(["bash", "-c", "exec sleep 100 >&-"])
+    with pytest.raises(hosts.HostError, match="said no more, and has not ended"):
+        silent.ask("clock", 60)
+
+
+def test_what_an_agent_left_goes_with_it(tmp_path: Path) -> None:
+    """Its file in out_dir and its rank, when nobody asks for them any more or hears the answers."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(AGENT, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1) as agent:
+        assert agent.stdin is not None
+        assert agent.stdout is not None
+        other = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "RANK": "0"}
+        for question in (
+            {"ask": "leave", "folder": str(tmp_path), "token": "x"},
+            {"ask": "join", "variables": other},  # the other rank never comes
+        ):
+            agent.stdin.write(json.dumps({"number": 1, **question}) + "\n")
+            assert '"answer"' in agent.stdout.readline()
+        assert len(list(tmp_path.iterdir())) == 1
+        [rank] = map(int, Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split())
+        agent.stdout.close()
+        agent.stdin.write(json.dumps({"number": 2, "ask": "clock"}) + "\n")
+        assert agent.wait(timeout=60) == 1
+    assert list(tmp_path.iterdir()) == []
+    namespaces.wait_until(lambda: not alive(rank), "its rank ends", 30)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("variables", [{}, {"DS_ENV_FILE": "other"}])
+def test_variables_go_along_as_the_launcher_sends_them(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {
+        "PYTHONX": "a b",
+        "UCX_TLS": "tcp",
+        "OMP_X": "stays",
+        "PYTHONPATH": "/more",
+        **variables,
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".deepspeed_env").write_text("WHICH=usual\nTWICE=$UCX_TLS-2\n")
+    (tmp_path / "other").write_text("WHICH=other\n")
+    *ssh, command = hosts.ssh_command("node-1", None, 5)
+    assert ssh[-1] == "node-1"
+    exports = command.partition("cd ")[0]
+    shown = "echo $PYTHONX,$UCX_TLS,$OMP_X,$PYTHONPATH,$WHICH,$TWICE"
+    said = subprocess.run(["env", "-i", "bash", "-c", f"{exports} {shown}"], capture_output=True, text=True).stdout
+    which, twice = ("other", "") if variables else ("usual", "tcp-2")
+    assert said == f"a b,tcp,,{tmp_path}:/more,{which},{twice}\n"
+
+
+def test_without_ssh_the_rest_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "hostfile").write_text("node-1 slots=1\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.main(["--hosts", str(tmp_path / "hostfile"), "--json"]) == 1
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert (rows["ssh"]["state"], rows["ssh"]["found"]) == (FAIL, "not found")
+
+
 def test_clocks_apart_are_told(local_hosts: Any) -> None:
     late = "import time; now = time.time; time.time = lambda: now() - 90; "
     late += "from avs_dist.launch.checks import agent; agent.main()"
@@ -159,7 +237,13 @@ def test_what_differs_between_hosts_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [("a slots=2\na slots=1\n", 2), ("# fine\n\na\n", 3), ("a slots=x\n", 1), ("# nothing\n", None)],
+    [
+        ("a slots=2\na slots=1\n", 2),
+        ("# fine\n\na\n", 3),
+        ("a slots=x\n", 1),
+        ("-oProxyCommand=x slots=1\n", 1),
+        ("# nothing\n", None),
+    ],
 )
 def test_hostfiles_that_the_launcher_refuses(text: str, line: int | None, tmp_path: Path) -> None:
     file = tmp_path / "hostfile"

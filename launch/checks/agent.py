@@ -2,13 +2,14 @@
 
     python -m avs_dist.launch.checks.agent
 
-Each line of stdin is a question in JSON, {"ask": name, ...}; each answer is a line of stdout that begins with ANSWER,
-so that what a shell's start-up files print is not taken for one. It ends with its stdin, so a cut connection leaves
-nothing behind.
+Each line of stdin is a question in JSON, {"ask": name, "number": n, ...}; each answer is a line of stdout that begins
+with ANSWER, so that what a shell's start-up files print is not taken for one, and has the question's number. It ends
+with its stdin, so a cut connection leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,6 +27,7 @@ from avs_dist.launch.checks.rows import Options, existing, one_line
 ANSWER = "avs-dist-doctor-answer "
 _listening: list[socket.socket] = []
 _ranks: list[subprocess.Popen[str]] = []
+_left: set[Path] = set()
 
 
 def clock() -> float:
@@ -53,6 +55,7 @@ def _num_gpus() -> int:
 def leave(folder: str, token: str) -> str:
     """Write a file in a folder that should be the same on all hosts; its path."""
     path = existing(folder) / f".avs-dist-doctor-{token}"
+    _left.add(path)
     path.write_text(token)
     return str(path)
 
@@ -68,6 +71,7 @@ def see(path: str, token: str) -> bool:
 
 def remove(path: str) -> bool:
     Path(path).unlink(missing_ok=True)
+    _left.discard(Path(path))
     return True
 
 
@@ -112,17 +116,31 @@ def main() -> int:
     # what libraries print must not mix with the answers
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        question = json.loads(line)
-        try:
-            answer = {"answer": QUESTIONS[question.pop("ask")](**question)}
-        except Exception as error:  # the other questions may still be answered
-            answer = {"error": one_line(error)}
-        answers.write(ANSWER + json.dumps(answer) + "\n")
-        answers.flush()
+    try:
+        for line in sys.stdin:
+            print(ANSWER + json.dumps(_answered(json.loads(line))), file=answers, flush=True)
+    except BrokenPipeError:  # nobody listens any more
+        return 1
+    finally:
+        clean()
+    return 0
+
+
+def _answered(question: dict[str, Any]) -> dict[str, Any]:
+    number = question.pop("number")
+    try:
+        return {"number": number, "answer": QUESTIONS[question.pop("ask")](**question)}
+    except Exception as error:  # the other questions may still be answered
+        return {"number": number, "error": one_line(error)}
+
+
+def clean() -> None:
+    """End and remove what the last questions would have, had they been asked."""
     for rank in _ranks:
         rank.kill()
-    return 0
+    for path in _left:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

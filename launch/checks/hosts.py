@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 from avs_dist.launch.checks import network
 from avs_dist.launch.checks.agent import ANSWER
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+# how long a process may take to end once its connection is closed
+END_S = 10.0
+# a word that begins with "-" would be an option of ssh
+_LINE = re.compile(r"([^\s-]\S*)\s+slots=(\d+)")
 
 
 class HostError(Exception):
@@ -50,21 +54,17 @@ def read_hostfile(path: str) -> dict[str, int]:
 def ssh_command(host: str, ssh_port: int | None, connect_s: float) -> list[str]:
     """The agent on a host: same folder and Python as here, as the deepspeed launcher has it.
 
-    PDSH_SSH_ARGS_APPEND is heeded, because the launcher's pdsh does so too.
+    PDSH_SSH_ARGS_APPEND is heeded, because the launcher's pdsh does so too. Variables are set as the launcher sets
+    them, so that what the host's shell makes of them is the same.
     """
     # a connection that is cut is noticed, and nobody is asked for a password
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={max(1, round(connect_s))}"]
     options += ["-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"]
     options += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     options += ["-p", str(ssh_port)] if ssh_port else []
-    sent = {name: value for name, value in os.environ.items() if name.startswith("NCCL")} | network.deepspeed_env()
-    agent = ["env", *(f"{name}={value}" for name, value in sent.items()), sys.executable, "-m"]
-    return [
-        "ssh",
-        *options,
-        host,
-        f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*agent, 'avs_dist.launch.checks.agent'])}",
-    ]
+    exports = "".join(f"export {name}={value}; " for name, value in network.exported().items())
+    agent = shlex.join([sys.executable, "-m", "avs_dist.launch.checks.agent"])
+    return ["ssh", *options, host, f"{exports}cd {shlex.quote(os.getcwd())} && exec {agent}"]
 
 
 class Host:
@@ -76,6 +76,7 @@ class Host:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, bufsize=1)
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._told: list[str] = []
+        self._asked = 0
         self._readers = [threading.Thread(target=each, daemon=True) for each in (self._read_answers, self._read_errors)]
         for reader in self._readers:
             reader.start()
@@ -98,24 +99,42 @@ class Host:
             HostError: If it fails, does not come within limit_s, or the connection ends.
         """
         assert self._process.stdin is not None
+        self._asked += 1
+        end = time.monotonic() + limit_s
         try:
-            self._process.stdin.write(json.dumps({"ask": question, **arguments}) + "\n")
-            answer = self._answers.get(timeout=limit_s)
+            self._process.stdin.write(json.dumps({"ask": question, "number": self._asked, **arguments}) + "\n")
+            values = self._next_answer(end)
+            while values is not None and values["number"] != self._asked:  # came too late for its own question
+                values = self._next_answer(end)
         except queue.Empty:
             raise HostError(f"no answer within {limit_s:g} s") from None
         except OSError:
-            answer = None
-        if answer is None:
+            values = None
+        if values is None:
             self._answers.put(None)  # for the next one who asks
             raise HostError(self._end())
-        values = json.loads(answer)
         if "error" in values:
             raise HostError(values["error"])
         return values["answer"]
 
+    def _next_answer(self, end: float) -> dict[str, Any] | None:
+        """None at the end of all answers.
+
+        Raises:
+            queue.Empty: at `end`, in seconds of the monotonic clock.
+        """
+        answer = self._answers.get(timeout=max(0.0, end - time.monotonic()))
+        try:
+            return None if answer is None else json.loads(answer)
+        except ValueError:
+            return None  # cut in the middle
+
     def _end(self) -> str:
         """Why the connection ended."""
-        code = self._process.wait(timeout=30)
+        try:
+            code = self._process.wait(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            return f"the agent said no more, and has not ended {END_S:g} s later"
         self._readers[1].join(timeout=5)
         told = self._told[-1] if self._told else "nothing was said"
         return f"{'ssh' if code == 255 else 'the agent'} ended with code {code}: {told}"

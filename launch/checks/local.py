@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from avs_dist.launch.checks import collective, machine, network, software, storage
+from avs_dist.launch.checks import collective, gpu, machine, network, software, storage
 from avs_dist.launch.checks.rows import Check, Options, Row, findings
 
 CHECKS: dict[str, Check] = {
@@ -10,7 +10,7 @@ CHECKS: dict[str, Check] = {
     "packages": software.packages,
     "code": software.code,
     "decoders": software.decoders,
-    "GPUs": machine.gpus,
+    "GPUs": gpu.gpus,
     "processors": machine.processors,
     "memory": machine.memory,
     "limits": machine.limits,

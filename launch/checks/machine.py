@@ -1,16 +1,16 @@
-"""The host itself: processors, memory, limits, shared memory, clock, GPUs."""
+"""The host itself: processors, memory, limits, shared memory, clock."""
 
 from __future__ import annotations
 
 import os
 import resource
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from avs_dist.launch.checks import cgroup
 from avs_dist.launch.checks.rows import FAIL, OK, WARN, Options, Row, one_line, size
 
 GIB = 2**30
@@ -26,7 +26,7 @@ LATEST = time.mktime((2100, 1, 1, 0, 0, 0, 0, 0, 0))
 def processors(options: Options) -> Row:
     allowed, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     found = f"{allowed} of {there} processors for this process"
-    if quota := _quota():
+    if quota := cgroup.processors():
         found += f", {quota:g} by the quota of its container"
     if threads := os.environ.get("OMP_NUM_THREADS", ""):
         found += f", OMP_NUM_THREADS={threads}"
@@ -37,20 +37,14 @@ def processors(options: Options) -> Row:
     return Row(OK, "processors", found)
 
 
-def _quota() -> float | None:
-    """Processors that the control group grants, where it bounds them."""
-    try:
-        granted, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if granted == "max" else int(granted) / int(period)
-
-
 def memory(options: Options) -> Row:
     lines = Path("/proc/meminfo").read_text().splitlines()
     values = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
     free = values["MemAvailable"]
     found = f"{size(free)} free of {size(values['MemTotal'])}"
+    if bound := cgroup.memory():
+        free = min(free, bound.free)
+        found += f"; {size(bound.free)} free of the {size(bound.limit)} that its container or job may use"
     if free < 4 * GIB:
         return Row(WARN, "memory", found, "end what else runs here; a rank with its loading processes takes a few GiB")
     return Row(OK, "memory", found)
@@ -110,52 +104,3 @@ def clock(options: Options) -> Row:
     if not EARLIEST < now < LATEST:
         return Row(FAIL, "clock", found, "set it (timedatectl set-ntp true): certificates and file times go wrong")
     return Row(OK, "clock", found)
-
-
-def gpus(options: Options) -> list[Row]:
-    import torch
-
-    told = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
-    if not torch.cuda.is_available():
-        drivers = _nvidia_smi("name") or [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
-        if drivers:
-            advice = "the driver is too old for this CUDA, or the device files are closed to this user; see nvidia-smi"
-            return [Row(FAIL, "GPUs", f"{told}: torch cannot use {', '.join(drivers)}", advice)]
-        return [Row(WARN, "GPUs", f"none ({told})", "fine for a trial: training runs on the processors, slowly")]
-    driver = ", driver " + (_nvidia_smi("driver_version") or ["unknown"])[0]
-    return [_gpu(number, told + driver) for number in range(torch.cuda.device_count())]
-
-
-def _gpu(number: int, told: str) -> Row:
-    import torch
-
-    name = f"GPU {number}"
-    try:
-        torch.cuda.set_device(number)
-        free, total = torch.cuda.mem_get_info(number)
-        ones_NN = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
-        works = bool(((ones_NN @ ones_NN) == 256).all())
-    except RuntimeError as error:
-        return Row(
-            FAIL, name, one_line(error), "see nvidia-smi and dmesg; leave this GPU out with CUDA_VISIBLE_DEVICES"
-        )
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    found = f"{torch.cuda.get_device_name(number)}, {size(free)} free of {size(total)}, {told}"
-    found += ", bf16" if bf16 else ", no bf16"
-    if not works:
-        return Row(FAIL, name, f"{found}: a product of ones is wrong", "take this GPU out of use")
-    if free < 0.9 * total:
-        return Row(WARN, name, found, "another process uses it (nvidia-smi)")
-    if not bf16:
-        return Row(WARN, name, found, "train with --engine.precision fp32")
-    return Row(OK, name, found)
-
-
-def _nvidia_smi(field: str) -> list[str]:
-    """One fact of each GPU, as the driver tells it."""
-    try:
-        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -16,6 +16,9 @@ from avs_dist.launch.checks.rows import FAIL, OK, WARN, Options, Row
 _SIOCGIFADDR = 0x8915
 # which interface gloo and NCCL take
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# variables that the deepspeed launcher (0.19) takes along from its own environment; NCCL's too, where it sees a GPU
+LAUNCHER_PREFIXES = ("MLFLOW", "PYTHON", "MV2", "UCX")
+_QUOTED = re.compile(r"[^\w@%+=:,./-]")
 
 
 def interfaces() -> dict[str, str]:
@@ -47,6 +50,9 @@ def host_name(options: Options) -> Row:
     if not any(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses):
         return Row(OK, "host name", found)
     if options.many_hosts and not any(os.environ.get(variable) for variable in INTERFACE_VARIABLES):
+        if on_gpus():  # NCCL looks for an interface itself
+            advice = "fine for NCCL; torchrun and gloo would give others this address: mend /etc/hosts"
+            return Row(WARN, "host name", found, advice)
         advice = "other hosts would connect to themselves: mend /etc/hosts, or set GLOO_SOCKET_IFNAME in .deepspeed_env"
         return Row(FAIL, "host name", found, advice)
     return Row(OK, "host name", f"{found}: enough for one machine")
@@ -86,7 +92,8 @@ def port(options: Options) -> Row:
 
 def deepspeed_env_files() -> list[Path]:
     """The files whose lines the deepspeed launcher sets on every host, in its order."""
-    files = [folder / ".deepspeed_env" for folder in (Path.home(), Path.cwd())]
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")  # may also be an absolute path
+    files = [folder / name for folder in (Path.home(), Path.cwd())]
     return [file for file in dict.fromkeys(files) if file.is_file()]
 
 
@@ -94,6 +101,26 @@ def deepspeed_env() -> dict[str, str]:
     """What these files set."""
     pairs = (line.partition("=") for file in deepspeed_env_files() for line in file.read_text().splitlines())
     return {name.strip(): value.strip() for name, equals, value in pairs if equals}
+
+
+def exported() -> dict[str, str]:
+    """Variables that the deepspeed launcher sets on every host, the values quoted as it does: in double quotes, in
+    which a shell still replaces $NAME."""
+    prefixes = (*LAUNCHER_PREFIXES, "NCCL") if on_gpus() else LAUNCHER_PREFIXES
+    sent = {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+    sent["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    sent |= deepspeed_env()
+    sent = {name: value.strip() for name, value in sent.items()}
+    return {name: f'"{value}"' if _QUOTED.search(value) else value for name, value in sent.items()}
+
+
+def on_gpus() -> bool:
+    """Whether training on this machine would use GPUs."""
+    try:
+        import torch
+    except (ImportError, OSError):  # a row of its own tells it
+        return False
+    return torch.cuda.is_available()
 
 
 def launcher(options: Options) -> list[Row]:

@@ -41,6 +41,7 @@ class Options:
     ranks:       local processes of the collective.
     master_port: that of the training.
     many_hosts:  whether other hosts must reach this one.
+    within_s:    longest wait for a process of its own: the try of the GPUs, the local collective.
     """
 
     out_dir: str
@@ -49,6 +50,7 @@ class Options:
     ranks: int = 1
     master_port: int = 29500
     many_hosts: bool = False
+    within_s: float = 60.0
 
 
 Check = Callable[[Options], Row | list[Row]]

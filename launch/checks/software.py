@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata as metadata
 import platform
@@ -120,18 +121,24 @@ def code(options: Options) -> Row:
     return Row(OK, "code", f"{PROJECT} {found['version']}, commit {found['commit']}")
 
 
-def revision() -> dict[str, str | bool]:
-    """Version and commit of the code that runs, and whether tracked files differ from it."""
+def revision() -> dict[str, str]:
+    """Version and commit of the code that runs; "changed" is a hash of how tracked files differ from it, or empty."""
     commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = bool(commit and _git("status", "--porcelain", "--untracked-files=no"))
-    return {"version": version(PROJECT) or "not installed", "commit": commit or "unknown", "changed": changed}
+    # whatever git's settings on a host are, the same changes read the same
+    changes = _git("diff", "--binary", "--full-index", "--no-color", "--no-ext-diff", "--no-textconv", "HEAD")
+    return {
+        "version": version(PROJECT) or "not installed",
+        "commit": commit or "unknown",
+        "changed": hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else "",
+    }
 
 
 def _git(*arguments: str) -> str:
     try:
         # a checkout that another user owns is fine to read
         command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, timeout=20, check=True)
+        return done.stdout.decode(errors="replace").strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -156,5 +163,6 @@ def facts() -> dict[str, str]:
     return {
         "Python": platform.python_version(),
         **{name: version(name) or "not installed" for name in MAIN_PACKAGES},
-        "code": f"{found['version']}, commit {found['commit']}{' with changes' if found['changed'] else ''}",
+        "code": f"{found['version']}, commit {found['commit']}"
+        + (f" with changes {found['changed']}" if found["changed"] else ""),
     }
