@@ -110,10 +110,10 @@ def test_two_ranks_hold_and_send_what_zero_says(tmp_path: Path) -> None:
     """ResNet-18, as a network that is too small has more in its odd ends than ten percent."""
     (tmp_path / "r18.yaml").write_text("model: {backbone: {name: resnet18}}\n")
     files = (DEMO, str(tmp_path / "r18.yaml"))
-    cases = [Case(files, 2, 0, "fp32"), Case(files, 2, 1, "fp32"), Case(files, 2, 2, "bf16"), Case(files, 2, 3, "bf16")]
+    cases = [Case(files, 2, 1, "fp32"), Case(files, 2, 2, "bf16"), Case(files, 2, 3, "bf16")]
     found = memory.measure(cases, tmp_path, 300.0)
     assert not [figures["failed"] for figures in found.values() if "failed" in figures]
-    for case, passes in zip(cases, (2, 3, 3, 2), strict=True):
+    for case, passes in zip(cases, (3, 3, 2), strict=True):
         figures = found[case]
         parameters, sent = figures["parameters"], [Sent(**row) for row in figures["sent"]]
         assert abs(excess(case, figures)) < 0.1
@@ -121,7 +121,7 @@ def test_two_ranks_hold_and_send_what_zero_says(tmp_path: Path) -> None:
         own = sum(each.bytes for each in sent if each.owner != ZERO)
         assert 0 < own < 0.01 * sum(each.bytes for each in sent)
         assert held_of(figures).by_kind["other"] < 0.01 * 4 * parameters
-    large = {row["collective"] for row in found[cases[3]]["sent"] if row["elements"] > 0.1 * parameters}
+    large = {row["collective"] for row in found[cases[2]]["sent"] if row["elements"] > 0.1 * parameters}
     assert large == {"all_gather", "reduce_scatter"}
     assert memory.exit_code({"state": list(found.items())}, 0.1) == 0
     with pytest.raises(RuntimeError, match=r"resnet|r18.*model state [+-]"):
@@ -173,17 +173,17 @@ def test_switches_that_do_not_fit_are_refused() -> None:
 @pytest.mark.slow
 def test_switches_on_two_ranks_train_as_without(tmp_path: Path) -> None:
     """Blocks repeat the collectives of their batch normalisation; under ZeRO 3 their weights come and go."""
-    words = ["resnet10t:1:false:none", "resnet10t:1:true:none", "resnet10t:1:false:optimizer"]
+    words = ["resnet10t:1:false:none", "resnet10t:1:true:optimizer"]
     words += ["pvt_v2_b0:3:false:none", "pvt_v2_b0:3:true:optimizer"]
     lines: list[str] = []
     assert launch(switch_ranks.__file__, words, 2, 300.0, lines.append) == ""
     told = [json.loads(line.split(switch_ranks.FOUND)[1]) for line in lines if switch_ranks.FOUND in line]
     found = dict(told)
     assert list(found) == words
-    for plain, switched in ((0, 1), (0, 2), (3, 4)):
+    for plain, switched in ((0, 1), (2, 3)):
         assert found[words[switched]]["losses"] == pytest.approx(found[words[plain]]["losses"], rel=1e-6)
         assert found[words[switched]]["weights"] == pytest.approx(found[words[plain]]["weights"], rel=1e-5, abs=1e-6)
-    assert found[words[1]] == found[words[0]]
+    assert found[words[1]] == found[words[0]]  # ZeRO 3 scales clipped gradients in another order on the host
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -118,12 +118,13 @@ def _cases(part: str, args: argparse.Namespace) -> list[Case]:
     if part == "own":
         return [Case(files, 2, 1, "bf16") for files in ([tuple(args.config)] if args.config else SYSTEMS)]
     cases = []
-    for files in [tuple(args.config)] if args.config else [PVT, R50]:
-        common: dict[str, Any] = {"size": args.size, "timed": TIMED}
+    common: dict[str, Any] = {"size": args.size, "timed": TIMED}
+    networks = [tuple(args.config)] if args.config else [PVT, R50]
+    for files in networks:
         cases += [Case(files, 1, 1, "fp32", activation_checkpointing=on, **common) for on in (False, True)]
-        cases += [
-            Case(files, 1, stage, "fp32", offload=to, **common) for stage in (2, 3) for to in ("none", "optimizer")
-        ]
+    cases += [
+        Case(networks[-1], 1, stage, "fp32", offload=to, **common) for stage in (2, 3) for to in ("none", "optimizer")
+    ]
     return cases
 
 
