@@ -93,6 +93,7 @@ class Jobs:
             self._add("save again", case, f"{case.after}-{offload}", case.ranks[1], case.stage[1], case.before, more)
         trouble = ("--train.save_every", "1", "--train.max_steps", "3", "--train.keep_last", "3")
         self._add("one rank in trouble", TRAINED[0], "trouble", 2, 2, None, trouble)
+        self._add("train", TRAINED[0], "after trouble", 2, 2, "trouble", ("--train.max_steps", "4"), step="")
 
     def middle(self, run: str) -> Path:
         return self.out / run / "checkpoints" / f"step-{MIDDLE:06d}"
@@ -102,8 +103,17 @@ class Jobs:
             self._add("train", case, name, ranks, stage, source)
 
     def _add(
-        self, kind: str, case: Case, name: str, ranks: int, stage: int, source: str | None, more: tuple[str, ...] = ()
+        self,
+        kind: str,
+        case: Case,
+        name: str,
+        ranks: int,
+        stage: int,
+        source: str | None,
+        more: tuple[str, ...] = (),
+        step: str = f"step-{MIDDLE:06d}",
     ) -> None:
+        """A job; the checkpoint `step` of the run `source` is there at its start, with "" all of them."""
         arguments = [
             argument for file in SYSTEMS[case.system] for argument in ("--config", str(ROOT / "configs" / file))
         ]
@@ -119,7 +129,7 @@ class Jobs:
             "kind": kind,
             "ranks": ranks,
             "source": source and str(self.out / source),
-            "step": f"step-{MIDDLE:06d}",
+            "step": step,
             "out": str(self.out / name),
             "arguments": arguments,
         }
@@ -230,6 +240,10 @@ def test_all_ranks_agree_where_one_alone_cannot_write_or_sees_damage(runs: Jobs)
     skipped = [line for line in told if "step-000003 is skipped, and kept as damaged-step-000003" in line]
     assert len(skipped) == 1
     assert "model.safetensors is damaged" in skipped[0]
-    folders = {path.name for path in (runs.out / "trouble/checkpoints").glob("*step*")}
-    assert folders == {"step-000001", "damaged-step-000003", "step-000002", "step-000003", "step-000004"}
-    assert sorted(losses(runs.out / "trouble")) == [1, 2, 3, 4]
+    before, after = (
+        sorted(path.name for path in (runs.out / run / "checkpoints").glob("*step*"))
+        for run in ("trouble", "after trouble")
+    )
+    assert before == ["step-000001", "step-000003"]
+    assert after == ["damaged-step-000003", "step-000003", "step-000004"]  # the first went as the fourth came
+    assert sorted(losses(runs.out / "after trouble")) == [2, 3, 4]
