@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from avs_dist.shards.children import die_with_parent
+
 
 def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told: Callable[[str], None]) -> str:
     """Run a Python file in `ranks` processes until they end.
@@ -55,8 +57,11 @@ def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told:
 
 
 def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """A process of its own group, for `end_group`; its errors go where its output goes."""
-    return subprocess.Popen(command, env=environment(), stderr=subprocess.STDOUT, start_new_session=True, **options)
+    """A process of its own group, for `end_group`, that dies with this one; its errors go where its output goes."""
+    return subprocess.Popen(
+        command, env=environment(), stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent,
+        **options,
+    )  # fmt: skip
 
 
 def end_group(launched: subprocess.Popen[Any]) -> None:
