@@ -13,8 +13,9 @@ demo: $(INSTALLED)
 	rm -rf runs/demo
 	$(BIN)/python launch/demo.py --out runs/demo
 
+# by files: what one makes once is not made by several processes side by side
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
