@@ -235,8 +235,8 @@ def _recompute_activations(system: System, zero_stage: int) -> None:
     if zero_stage == 3:
         from deepspeed.utils import set_z3_leaf_module
 
-        # a block's weights come and go together; else the second run would give those away that the backward pass,
-        # in the middle of which it happens, still needs
+        # a block's weights come and go together: the second run ends in the middle of the block, as soon as it has
+        # what is missing, and ZeRO 3 would go on believing that the modules around that place are running
         for block in blocks:
             set_z3_leaf_module(block, True)
 

@@ -6,9 +6,13 @@ python or the deepspeed launcher runs this file with words like "resnet18:1:off:
 from __future__ import annotations
 
 import json
+import os
 import sys
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported
+
 import torch
+from deepspeed.runtime.zero import parameter_offload
 
 from avs_dist import world
 from avs_dist.engine import Engine, stop
@@ -31,8 +35,14 @@ def run(word: str, device: torch.device) -> dict[str, object]:
     torch.manual_seed(0)
     engine = Engine(build_system(config, load_pretrained=False), config, device)
     clips = random_batches(Case(("configs/demo.yaml",), world.world_size(), 0, "fp32"))
+    within = len(parameter_offload.FWD_MODULE_STACK)
     losses = [engine.train_step(clips, step)["loss"] for step in range(STEPS)]
-    return {"losses": losses, "weights": {name: float(w.double().abs().sum()) for name, w in engine.full_weights()}}
+    left = len(parameter_offload.FWD_MODULE_STACK) - within  # modules that ZeRO 3 believes to be still running
+    return {
+        "losses": losses,
+        "left": left,
+        "weights": {name: float(w.double().abs().sum()) for name, w in engine.full_weights()},
+    }
 
 
 def main() -> None:

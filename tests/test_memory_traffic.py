@@ -180,6 +180,7 @@ def test_switches_on_two_ranks_train_as_without(tmp_path: Path) -> None:
     told = [json.loads(line.split(switch_ranks.FOUND)[1]) for line in lines if switch_ranks.FOUND in line]
     found = dict(told)
     assert list(found) == words
+    assert [each["left"] for each in found.values()] == [0, 0, 0, 0]
     for plain, switched in ((0, 1), (2, 3)):
         assert found[words[switched]]["losses"] == pytest.approx(found[words[plain]]["losses"], rel=1e-6)
         assert found[words[switched]]["weights"] == pytest.approx(found[words[plain]]["weights"], rel=1e-5, abs=1e-6)

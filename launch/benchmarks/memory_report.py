@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from avs_dist.launch.benchmarks.memory_rank import SECONDS, Case
@@ -95,8 +96,7 @@ def _own(rows: Sequence[Row]) -> list[str]:
         largest = [f"{each.owner} {_mb(each.bytes)}" for each in own[:LARGEST]]
         numbers = [_mb(sum(each.bytes for each in sent if each.owner == ZERO)), _mb(sum(each.bytes for each in own))]
         calls = str(sum(each.calls for each in own))
-        name = case.files[0].rsplit("/", 1)[-1].removesuffix(".yaml")
-        cells.append([name, f"{found['parameters']:,}", *numbers, calls, "; ".join(largest)])
+        cells.append([_settings(case), f"{found['parameters']:,}", *numbers, calls, "; ".join(largest)])
     text = (
         f"Our own collectives (moments of batch normalisation, negatives, codebook, counts) beside DeepSpeed's, of one "
         f"step of {rows[0][0].ranks} ranks, ZeRO {rows[0][0].stage}, {rows[0][0].precision}, a clip of {SECONDS} s a "
@@ -109,8 +109,13 @@ def _switches(rows: Sequence[Row]) -> list[str]:
     head = ["settings", "ranks", "ZeRO", "offload", "activation checkpointing"]
     cells = [[*head, "MiB between steps", "MiB more in a step", "s a step"]]
     for case, found in rows:
-        name = " + ".join(file.rsplit("/", 1)[-1].removesuffix(".yaml") for file in case.files)
-        row = [name, str(case.ranks), str(case.stage), case.offload, "on" if case.activation_checkpointing else "off"]
+        row = [
+            _settings(case),
+            str(case.ranks),
+            str(case.stage),
+            case.offload,
+            "on" if case.activation_checkpointing else "off",
+        ]
         cells.append([*row, f"{found['between_mib']:,.0f}", f"{found['peak_mib']:,.0f}", f"{found['seconds']:.2f}"])
     text = (
         f"One clip of {SECONDS} frames of {rows[0][0].size} x {rows[0][0].size} a rank, each case in processes of its "
@@ -118,6 +123,10 @@ def _switches(rows: Sequence[Row]) -> list[str]:
         "takes; on a GPU: allocated memory. A CPU is its own host, so that offload moves nothing away there."
     )
     return ["### Switches", text, table(cells)]
+
+
+def _settings(case: Case) -> str:
+    return " + ".join(Path(file).stem for file in case.files)
 
 
 def _sent(figures: Mapping[str, Any]) -> list[Sent]:
