@@ -9,6 +9,10 @@ Several --config files compose from left to right; any value can be overridden b
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import suppress
+
 from avs_dist import interruption
 from avs_dist.config import Config
 from avs_dist.launch.cli import run
@@ -42,4 +46,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run("train"))
+    code = run("train")
+    # all is written and closed; at the interpreter's own exit threads of gloo were seen to abort a rank that was done
+    with suppress(OSError):  # nobody may be left to read
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

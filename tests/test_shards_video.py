@@ -368,7 +368,7 @@ def test_a_decoder_that_stands_still_costs_the_deadline(stored: StoredVideo, byt
         assert time.monotonic() - begin < 15
         assert numbers(worker.decode_member(stored)) == [198, 223, 248]
         assert worker._process.pid != first
-    assert open_descriptors() == before
+    assert open_descriptors() <= before  # sockets of earlier tests may close
 
 
 def test_kill_9_of_the_decoder_costs_its_clip_only(stored: StoredVideo):

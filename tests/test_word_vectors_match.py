@@ -15,7 +15,7 @@ from query_runs import WORD, build_query, query_config, save_run, unicode_run
 from test_unicode_training import config as unicode_config
 
 from avs_dist import trainer
-from avs_dist.checkpoint import MANIFEST, check_word_vectors, find_checkpoint, word_vectors
+from avs_dist.checkpoint import MANIFEST, check_word_vectors, find_checkpoint, manifest, sealed_manifest, word_vectors
 from avs_dist.config import Config, DataConfig, TrainConfig
 from avs_dist.launch import downstream
 from avs_dist.launch import predict as predict_command
@@ -45,8 +45,8 @@ def with_words(shards: Path, folder: Path, name: str | None) -> Path:
 
 def record(run: Path, **facts: object) -> Path:
     """A checkpoint whose manifest says so."""
-    manifest = find_checkpoint(run) / MANIFEST
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | facts))
+    folder = find_checkpoint(run)
+    (folder / MANIFEST).write_text(sealed_manifest(manifest(folder) | facts))
     return run
 
 
@@ -84,9 +84,9 @@ def test_only_two_known_names_can_differ(text_run, tmp_path):
     with pytest.raises(ValueError, match=refused(text_run, Path("S"), there="f00")):
         check_word_vectors(text_run, "f00", "S")
     old = shutil.copytree(find_checkpoint(text_run), tmp_path / "old")
-    manifest = json.loads((old / MANIFEST).read_text())
-    del manifest["word_vectors"]
-    (old / MANIFEST).write_text(json.dumps(manifest))
+    facts = manifest(old)
+    del facts["word_vectors"]
+    (old / MANIFEST).write_text(sealed_manifest(facts))
     assert word_vectors(old) is None
     check_word_vectors(old, "f00", "S")
 
