@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -31,19 +30,15 @@ if __name__ == "__main__":
 import torch
 
 from avs_dist.launch.benchmarks import ceilings, models, report
+from avs_dist.launch.benchmarks.command import Parser, save
 from avs_dist.launch.benchmarks.measure import measure
 from avs_dist.launch.benchmarks.problem import Case, Op, Size
 from avs_dist.launch.benchmarks.registry import OPS
 from avs_dist.launch.benchmarks.workers import Worker
-from avs_dist.launch.cli import OneLineErrors, run
-from avs_dist.shards.files import write_text
+from avs_dist.launch.cli import run
 
 OWN_OPTIONS = ("loader", "parity", "kills", "memory", "scaling")
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-class Parser(OneLineErrors, argparse.ArgumentParser):
-    """argparse only: a bare GPU host has nothing else."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             result = worker.call(measure, case, limit_s=args.limit_s)
             rows.append((case, result))
             # after each case: a run that is cut off keeps what it has
-            _save(args, report.as_json(facts, rates, rows), report.markdown(facts, rates, rows))
+            save(args, report.as_json(facts, rates, rows), report.markdown(facts, rates, rows))
             if any("graph_failed" in figures for figures in result.get("modes", {}).values()):
                 worker.stop()  # what broke the capture may spoil the next case in this process
     finally:
@@ -92,7 +87,7 @@ def _bench_models(args: argparse.Namespace, device: str, facts: dict[str, Any]) 
             sys.stderr.write(f"[{number}/{len(models.MODELS)}] {model.label}\n")
             result = worker.call(models.measure, model, device, args.repeats, args.tiny, limit_s=args.limit_s)
             rows.append((model, result))
-            _save(args, models.as_json(facts, rows), models.markdown(facts, rows))
+            save(args, models.as_json(facts, rows), models.markdown(facts, rows))
     finally:
         worker.stop()
     print(models.markdown(facts, rows))
@@ -104,11 +99,9 @@ def _bench_models(args: argparse.Namespace, device: str, facts: dict[str, Any]) 
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="avs-dist bench",
-        usage="avs-dist bench OP [options]",
+        "bench",
+        "OP [options]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("op", choices=["kernels", *OPS, "models"], help="one hot spot, all of them, or the networks")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to run")
@@ -120,8 +113,7 @@ def _parser() -> Parser:
     parser.add_argument("--repeats", type=int, default=20, help="least number of timed runs of a short case")
     parser.add_argument("--limit-s", type=float, default=90.0, help="longest time for one case")
     parser.add_argument("--tiny", action="store_true", help="dry run: tiny sizes, no code generation by torch.compile")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_results()
     return parser
 
 
@@ -163,13 +155,6 @@ def _sizes(op: Op, args: argparse.Namespace, device: str) -> list[Size]:
             if name not in own[-1]:
                 raise ValueError(f"--size {name}=...: {op.name} has {', '.join(own[-1])}")
     return [{**own[-1], **dict(given)} for given in args.size] if args.size else own
-
-
-def _save(args: argparse.Namespace, figures: dict[str, Any], tables: str) -> None:
-    if args.json:
-        write_text(args.json, json.dumps(figures, indent=1) + "\n")
-    if args.markdown:
-        write_text(args.markdown, tables)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ the optimiser, log and pointers must be those of the uninterrupted run: the same
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import tempfile
@@ -29,13 +28,12 @@ from typing import Any
 from tqdm import tqdm
 
 from avs_dist.launch.benchmarks import report
+from avs_dist.launch.benchmarks.command import Parser, save
 from avs_dist.launch.benchmarks.kills_checks import Difference, check_checkpoints, check_start, compare, left_over
 from avs_dist.launch.benchmarks.kills_life import PHASES, SAVE_EVERY, START, Life, Moment, usual_seconds
 from avs_dist.launch.benchmarks.parity_cases import CONFIGS, SYSTEMS, trained_as
 from avs_dist.launch.benchmarks.ranks import device
 from avs_dist.launch.benchmarks.small_shards import make_shards
-from avs_dist.launch.cli import OneLineErrors
-from avs_dist.shards.files import write_text
 
 # so that the run lasts for all kills; should it end before, it begins anew and goes on being killed
 STEPS_FOR_A_KILL = 4
@@ -51,11 +49,8 @@ def main(argv: Sequence[str]) -> int:
         folder = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-kills-"))
         found = Trial(Path(folder), args).run()
     found = {"facts": _facts(f"avs-dist bench kills {shlex.join(argv)}".strip(), args), **found}
-    if args.json:
-        write_text(args.json, json.dumps(found, indent=1) + "\n")
     tables = markdown(found)
-    if args.markdown:
-        write_text(args.markdown, tables)
+    save(args, found, tables)
     print(tables)
     if found["wrong"]:
         raise RuntimeError("; ".join(found["wrong"]))
@@ -211,17 +206,10 @@ def _facts(command: str, args: argparse.Namespace) -> dict[str, Any]:
     return {**report.facts(device(), command), "threads": 1, "cores": os.cpu_count(), **told}
 
 
-class _Parser(OneLineErrors, argparse.ArgumentParser):
-    """argparse, as the other benchmarks have it."""
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="avs-dist bench kills",
-        usage="avs-dist bench kills [options]",
+def _parser() -> Parser:
+    parser = Parser(
+        "bench kills",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--kills", type=int, default=50, help="that must hit a live run (default 50)")
     parser.add_argument("--ranks", type=int, choices=[1, 2], default=1, help="2: by the deepspeed launcher")
@@ -235,6 +223,5 @@ def _parser() -> _Parser:
     parser.add_argument("--limit-s", type=float, default=600.0, help="longest time for one start (default 600)")
     parser.add_argument("--shards", help="train on these (default: makes small synthetic ones)")
     parser.add_argument("--out", type=Path, help="keep runs and logs in this new folder")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_results()
     return parser

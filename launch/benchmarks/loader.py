@@ -12,9 +12,7 @@ A part that fails or takes too long is told, the others go on, and the exit code
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import os
 import shlex
 import tempfile
@@ -22,10 +20,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from avs_dist.launch.benchmarks import loader_report, report
+from avs_dist.launch.benchmarks.command import Parser, save
 from avs_dist.launch.benchmarks.loader_measure import BATCH
 from avs_dist.launch.benchmarks.loader_parts import TINY, Bench, Row, Scale
-from avs_dist.launch.cli import OneLineErrors
-from avs_dist.shards.files import write_text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,10 +43,7 @@ def main(argv: Sequence[str]) -> int:
                 found[part] = bench.rows_of(part)
                 # after each part: a run that is cut off keeps what it has
                 tables = loader_report.markdown(facts, bench.about, found)
-                if args.json:
-                    write_text(args.json, json.dumps({"facts": facts, "clips": bench.about, **found}, indent=1) + "\n")
-                if args.markdown:
-                    write_text(args.markdown, tables)
+                save(args, {"facts": facts, "clips": bench.about, **found}, tables)
         finally:
             bench.close()
     print(tables)
@@ -84,17 +78,10 @@ def _facts(command: str) -> Row:
     }
 
 
-class _Parser(OneLineErrors, argparse.ArgumentParser):
-    """argparse, as the other benchmarks have it."""
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="avs-dist bench loader",
-        usage="avs-dist bench loader [options]",
+def _parser() -> Parser:
+    parser = Parser(
+        "bench loader",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--films", type=Path, nargs="+", default=[], metavar="FILE", help="take the clips out of these")
     parser.add_argument("--clips", type=int, default=256, help="clips of each set (default 256)")
@@ -102,6 +89,5 @@ def _parser() -> _Parser:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each rate (default 5)")
     parser.add_argument("--limit-s", type=float, default=900.0, help="longest time for one measurement (default 900)")
     parser.add_argument("--tiny", action="store_true", help="dry run: few small clips, each measured once")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_results()
     return parser

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shlex
@@ -26,11 +25,10 @@ from typing import Any
 from tqdm import tqdm
 
 from avs_dist.launch.benchmarks import memory_rank, report
+from avs_dist.launch.benchmarks.command import Parser, save
 from avs_dist.launch.benchmarks.memory_rank import Case
 from avs_dist.launch.benchmarks.memory_report import Row, excess, markdown
-from avs_dist.launch.benchmarks.ranks import device, launch
-from avs_dist.launch.cli import OneLineErrors
-from avs_dist.shards.files import write_text
+from avs_dist.launch.benchmarks.ranks import device, launch_plan
 
 CONFIGS = report.ROOT / "configs"
 PVT = (str(CONFIGS / "tpavi_ms3.yaml"),)
@@ -48,10 +46,7 @@ def main(argv: Sequence[str]) -> int:
     rows = {part: [(case, found[case]) for case in cases] for part, cases in parts.items()}
     facts = _facts(f"avs-dist bench memory {shlex.join(argv)}".strip())
     tables = markdown(facts, rows)
-    if args.json:
-        write_text(args.json, json.dumps(_as_json(facts, rows), indent=1) + "\n")
-    if args.markdown:
-        write_text(args.markdown, tables)
+    save(args, _as_json(facts, rows), tables)
     print(tables)
     return exit_code(rows, args.tolerance)
 
@@ -98,12 +93,7 @@ def measure(cases: Sequence[Case], root: Path, limit_s: float) -> dict[Case, dic
 
 def _launch(cases: Sequence[Case], root: Path, limit_s: float, bar: tqdm) -> str:
     plan = {"out": str(root), "cases": [dataclasses.asdict(case) for case in cases]}
-    write_text(root / "plan.json", json.dumps(plan))
-
-    def told(line: str) -> None:
-        bar.update(memory_rank.DONE in line)
-
-    return launch(memory_rank.__file__, [str(root / "plan.json")], cases[0].ranks, limit_s, told)
+    return launch_plan(memory_rank, plan, root / "plan.json", cases[0].ranks, limit_s, bar)
 
 
 def _cases(part: str, args: argparse.Namespace) -> list[Case]:
@@ -134,22 +124,13 @@ def _as_json(facts: Mapping[str, Any], rows: Mapping[str, Sequence[Row]]) -> dic
 
 
 def _facts(command: str) -> dict[str, Any]:
-    versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "accelerate")}
-    told = {"cores": os.cpu_count(), "threads": "1 a rank", "load before": f"{os.getloadavg()[0]:.1f}"}
-    return {**report.facts(device(), command), **versions, **told}
+    return {**report.rank_facts(device(), command), "threads": "1 a rank", "load before": f"{os.getloadavg()[0]:.1f}"}
 
 
-class _Parser(OneLineErrors, argparse.ArgumentParser):
-    """argparse, as the other benchmarks have it."""
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="avs-dist bench memory",
-        usage="avs-dist bench memory [options]",
+def _parser() -> Parser:
+    parser = Parser(
+        "bench memory",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS, help="default: all")
     parser.add_argument("--config", action="append", metavar="FILE", help="settings of the network; several compose")
@@ -159,6 +140,5 @@ def _parser() -> _Parser:
     parser.add_argument("--size", type=int, default=224, help="pixels of a side, of the switches (default 224)")
     parser.add_argument("--tolerance", type=float, default=0.1, help="largest difference of the state (default 0.1)")
     parser.add_argument("--limit-s", type=float, default=3600.0, help="longest time for one launch (default 3600)")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_results()
     return parser

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from avs_dist.clip import Clip
 from avs_dist.config import Config
 from avs_dist.engine import Engine, stop
 from avs_dist.launch.benchmarks.memory_state import Held, Watch, storages
+from avs_dist.launch.benchmarks.ranks import planned
 from avs_dist.launch.benchmarks.timing import PeakMemory
 from avs_dist.launch.benchmarks.traffic import TrafficCounter
 from avs_dist.launch.train import parse_config
@@ -179,5 +179,4 @@ def random_batches(case: Case) -> list[Clip] | list[Sequences]:
 
 
 if __name__ == "__main__":
-    [plan_file] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    main(json.loads(Path(plan_file).read_text()))
+    main(planned())

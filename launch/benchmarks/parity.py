@@ -11,29 +11,21 @@ case is further from one process than the tolerance.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib.metadata
-import json
-import os
 import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from avs_dist.launch.benchmarks import parity_rank, report
+from avs_dist.launch.benchmarks.command import Parser, save
 from avs_dist.launch.benchmarks.parity_cases import SYSTEMS, Case, Data, table
 from avs_dist.launch.benchmarks.parity_compare import Difference, Found, Row, as_json, compare, markdown
-from avs_dist.launch.benchmarks.ranks import device, launch
+from avs_dist.launch.benchmarks.ranks import device, launch_plan
 from avs_dist.launch.benchmarks.small_shards import make_shards
-from avs_dist.launch.cli import OneLineErrors
-from avs_dist.shards.files import write_text
-
-
-class _Parser(OneLineErrors, argparse.ArgumentParser):
-    """argparse, as the other benchmarks have it."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,11 +44,8 @@ def main(argv: Sequence[str]) -> int:
         trainings.run(list(dict.fromkeys([*(case.reference for case in cases), *cases])))
         rows = [(case, trainings.outcome(case)) for case in cases]
     facts = _facts(f"avs-dist bench parity {shlex.join(argv)}".strip(), args.precision, args.steps)
-    if args.json:
-        write_text(args.json, json.dumps(as_json(facts, args.tolerance, rows), indent=1) + "\n")
     tables = markdown(facts, args.tolerance, rows)
-    if args.markdown:
-        write_text(args.markdown, tables)
+    save(args, as_json(facts, args.tolerance, rows), tables)
     print(tables)
     return exit_code(rows, args.tolerance)
 
@@ -117,29 +106,19 @@ class Trainings:
 
     def _launch(self, cases: Sequence[Case], ranks: int, bar: tqdm) -> str:
         """Why it failed, as `launch` says it."""
-        plan = {"out": str(self.root), "steps": self.steps, "shards": self.shards}
-        plan_file = self.root / "plan.json"
-        write_text(plan_file, json.dumps({**plan, "cases": [dataclasses.asdict(case) for case in cases]}))
-
-        def told(line: str) -> None:
-            bar.update(parity_rank.DONE in line)
-
-        return launch(parity_rank.__file__, [str(plan_file)], ranks, self.limit_s, told)
+        plan: dict[str, Any] = {"out": str(self.root), "steps": self.steps, "shards": self.shards}
+        plan["cases"] = [dataclasses.asdict(case) for case in cases]
+        return launch_plan(parity_rank, plan, self.root / "plan.json", ranks, self.limit_s, bar)
 
 
 def _facts(command: str, precision: str, steps: int) -> dict[str, object]:
-    versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "accelerate")}
-    told = {"cores": os.cpu_count(), "threads a rank": 1, "precision": precision, "steps": steps}
-    return {**report.facts(device(), command), **versions, **told}
+    return {**report.rank_facts(device(), command), "threads a rank": 1, "precision": precision, "steps": steps}
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="avs-dist bench parity",
-        usage="avs-dist bench parity [options]",
+def _parser() -> Parser:
+    parser = Parser(
+        "bench parity",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--systems", choices=list(SYSTEMS), nargs="*", default=list(SYSTEMS), help="default: all")
     parser.add_argument("--stages", type=int, choices=range(4), nargs="+", default=[0, 1, 2, 3], help="of ZeRO")
@@ -160,6 +139,5 @@ def _parser() -> _Parser:
         "--sequences", metavar="SHARDS", help="train the codebook on these features (default: likewise)"
     )
     parser.add_argument("--limit-s", type=float, default=3600.0, help="longest time for one launch (default 3600)")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_results()
     return parser

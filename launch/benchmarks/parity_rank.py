@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from avs_dist import world
 from avs_dist.config import Config
 from avs_dist.engine import Engine, stop
 from avs_dist.launch.benchmarks.parity_cases import TIMEOUT_S, Case
+from avs_dist.launch.benchmarks.ranks import planned
 from avs_dist.loader import TrainBatches
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
@@ -93,5 +93,4 @@ def _save_weights(engine: Engine, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    [plan_file] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    main(json.loads(Path(plan_file).read_text()))
+    main(planned())

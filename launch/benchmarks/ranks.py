@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from avs_dist.launch.checks.collective import free_port
 from avs_dist.shards.children import die_with_parent
+from avs_dist.shards.files import write_text
 
 
 def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told: Callable[[str], None]) -> str:
@@ -56,6 +60,23 @@ def launch(program: str, words: Sequence[str], ranks: int, limit_s: float, told:
     return ([line for line in lines if "Error" in line] or lines or [f"exit code {launched.returncode}"])[-1]
 
 
+def launch_plan(program: ModuleType, plan: Mapping[str, Any], file: Path, ranks: int, limit_s: float, bar: tqdm) -> str:
+    """`launch` a module that takes its work from a plan (`planned`) and prints its DONE for each part of it."""
+    write_text(file, json.dumps(plan))
+    assert program.__file__ is not None
+
+    def told(line: str) -> None:
+        bar.update(program.DONE in line)
+
+    return launch(program.__file__, [str(file)], ranks, limit_s, told)
+
+
+def planned() -> dict[str, Any]:
+    """The plan that this process was launched with."""
+    [file] = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
+    return json.loads(Path(file).read_text())
+
+
 def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """A process of its own group, for `end_group`, that dies with this one; its errors go where its output goes."""
     return subprocess.Popen(
@@ -75,10 +96,7 @@ def launcher(ranks: int) -> list[str]:
     """What stands before the program: Python, or the deepspeed launcher of this environment."""
     if ranks == 1:
         return [sys.executable]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)]
+    return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
 
 
 def environment() -> dict[str, str]:

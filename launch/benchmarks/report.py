@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -35,6 +37,12 @@ def facts(device: str, command: str) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": command,
     }
+
+
+def rank_facts(device: str, command: str) -> dict[str, Any]:
+    """The same beside a figure of several ranks."""
+    versions = {name: importlib.metadata.version(name) for name in ("deepspeed", "accelerate")}
+    return {**facts(device, command), **versions, "cores": os.cpu_count()}
 
 
 def as_json(facts: dict[str, Any], rates: dict[str, float], rows: Rows) -> dict[str, Any]:

@@ -11,7 +11,6 @@ assumptions, which are printed with the table; each of them can be set with --as
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import re
@@ -21,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avs_dist.launch.benchmarks.command import Parser, save
 from avs_dist.launch.benchmarks.report import table
 from avs_dist.launch.benchmarks.scaling_counted import DEFAULT, Counted, count
 from avs_dist.launch.benchmarks.scaling_figure import scaling_png
 from avs_dist.launch.benchmarks.scaling_model import Assumptions, Step, efficiency, model_step
-from avs_dist.launch.cli import OneLineErrors
 from avs_dist.shards.files import write_text
 
 GPUS = [1 << power for power in range(11)]
@@ -52,10 +51,7 @@ def main(argv: Sequence[str]) -> int:
         for stage, sent in counted.sent.items()
     }
     tables = markdown(f"avs-dist bench scaling {shlex.join(argv)}".strip(), assumed, counted, steps, args.stage)
-    if args.json:
-        write_text(args.json, json.dumps(_as_json(assumed, counted, steps), indent=1) + "\n")
-    if args.markdown:
-        write_text(args.markdown, tables)
+    save(args, _as_json(assumed, counted, steps), tables)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_bytes(scaling_png(f"{counted.name}, {assumed.clips} clips a GPU", steps, args.stage))
@@ -135,17 +131,10 @@ def _as_json(assumed: Assumptions, counted: Counted, steps: Mapping[int, Sequenc
     }
 
 
-class _Parser(OneLineErrors, argparse.ArgumentParser):
-    """argparse, as the other benchmarks have it."""
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="avs-dist bench scaling",
-        usage="avs-dist bench scaling [options]",
+def _parser() -> Parser:
+    parser = Parser(
+        "bench scaling",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         epilog="assumptions:\n" + "\n".join(f"  {n}={v:g}: {text}" for n, v, text in _described(Assumptions())),
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=GPUS, help="numbers of GPUs (default: 1 to 1,024)")
@@ -156,6 +145,5 @@ def _parser() -> _Parser:
     parser.add_argument("--config", action="append", metavar="FILE", help="settings of the network; several compose")
     parser.add_argument("--limit-s", type=float, default=3600.0, help="longest time for counting (default 3600)")
     parser.add_argument("--out", type=Path, metavar="PNG", help="draw the curves")
-    parser.add_argument("--json", type=Path, help="also write all figures to this file")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_results()
     return parser
