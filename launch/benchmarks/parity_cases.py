@@ -54,7 +54,7 @@ SYSTEMS = {
         (
             *("--train.global_batch", "16", "--optim.lr", "4e-4", "--optim.warmup_steps", "20"),
             # few steps with clones: they are so near their originals that rounding may decide which is nearest
-            *("--model.unicode.codebook.num_codes", "32", "--model.unicode.codebook.reset_after", "16"),
+            *("--model.unicode.codebook.num_codes", "32", "--model.unicode.codebook.reset_after", "19"),
             *("--loss.unicode.club_lr", "1e-4"),
         ),
     ),
