@@ -33,6 +33,10 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
+        "ray[tune,train]>=2.50",  # runs the trials of sweeps
+        "optuna>=4",  # draws them
+        "plotly>=5.20",  # and shows them, in a page that needs no network
+        "rich>=13",  # and in the terminal
         "tqdm>=4.66",
     ],
     extras_require={
