@@ -149,6 +149,7 @@ def test_the_default_is_no_row_and_has_no_settings_to_compare() -> None:
     values = settings_and_score(trials, "miou")["data"][0]["dimensions"][0]["values"]  # type: ignore[index]
     assert len(values) == 12
     assert list(importance(trials).shares)[0] == "size"
+    assert "Trials with a score: 9" in importance(trials[:10]).notes[0]
 
 
 def test_trials_are_listed_best_first_with_links_to_their_runs() -> None:
@@ -195,6 +196,13 @@ def test_the_best_stands_out_and_stopped_lines_look_different() -> None:
     assert {line["name"] for line in data if line["x"] == [None]} == {"complete", "stopped"}
 
 
+def test_the_best_lies_on_top_of_its_equals() -> None:
+    equals = [trial(number, {"lr": float(number), "size": 1 - number}, 0.5) for number in range(2)]
+    lines = [line for line in curves(equals, "miou", None)["data"] if line["mode"].startswith("lines")]  # type: ignore[index]
+    assert lines[-1]["meta"][0].startswith("<b>trial 0</b>")
+    assert settings_and_score(equals, "miou")["data"][0]["line"]["color"][-1] == 1.0  # type: ignore[index]
+
+
 def test_a_forked_line_jumps_to_the_score_that_it_went_on_from() -> None:
     good = trial(0, {"lr": 1.0}, 0.5, 0.6, 0.7)
     forked = trial(1, {"lr": 1.2}, 0.1, 0.2, 0.65, forks=(Fork(20, 0, {"lr": 1.2}), Fork(25, 9, {"lr": 1.2})))
@@ -231,7 +239,10 @@ def test_importance_finds_what_was_planted(seed: int) -> None:
     assert any("fixed does not vary" in note for note in found.notes)
     by_name = importance(drawn(40, lambda s: (s["name"] == "adam") + 0.1 * s["size"], seed))
     assert list(by_name.shares)[0] == "name"
-    # a conditional one: it moves half of the trials, by as much as lr moves all
+    # a conditional one counts by what it moves of all, here little, and then half of the trials as lr moves all
+    little = importance(drawn(40, lambda s: 5 * (s["name"] == "adam") + 0.1 * math.log10(s.get("decay", 1.0)), seed))
+    assert list(little.shares)[:2] == ["name", "decay"]
+    assert little.shares["decay"] < 0.2
     both = importance(drawn(60, lambda s: math.log10(s.get("decay", 10**-2.5)) + math.log10(s["lr"]), seed))
     assert list(both.shares)[:2] == ["lr", "decay"]
 
@@ -245,6 +256,17 @@ def test_importance_says_why_there_is_none() -> None:
     assert any("decay counts in too few trials: 7" in note for note in half.notes)
     same = importance([trial(number, {"lr": float(number)}, 0.5) for number in range(12)])
     assert same.notes == ("All trials have the same score.",)
+    half_alike = importance(
+        [
+            trial(
+                number,
+                {"lr": float(number), **({"decay": 1.0 / number} if number % 2 else {})},
+                0.5 if number % 2 else number,
+            )
+            for number in range(40)
+        ]
+    )
+    assert half_alike.shares == {"lr": pytest.approx(1.0), "decay": 0.0}
     lone = importance([trial(number, {"lr": float(number)}, float(number)) for number in range(12)])
     assert "Only lr can be judged" in lone.notes[0]
     unscored = importance([trial(number, {"lr": 1.0}, math.nan) for number in range(12)])

@@ -11,7 +11,7 @@ from avs_dist.launch.sweeps.outcome import Outcome, best_of
 from avs_dist.launch.sweeps.scales import MISSING, Axis, axis, exact
 
 # plotly.js draws these lines by one scale of colours: its end is for the best
-_SCALE_WITH_BEST = [*([0.98 * place, colour] for place, colour in SCALE), [0.98, BEST], [1.0, BEST]]
+_SCALE_WITH_BEST = [*([0.98 * place, colour] for place, colour in SCALE), [0.99, BEST], [1.0, BEST]]
 
 
 def settings_keys(outcomes: Sequence[Outcome]) -> list[str]:
@@ -25,14 +25,14 @@ def settings_and_score(outcomes: Sequence[Outcome], objective: str) -> Figure | 
     keys = [key for key in settings_keys(scored) if _varies(key, scored)]
     if not keys:
         return None
-    dark = shades(scored)
-    scored.sort(key=lambda outcome: dark[outcome.number])  # later ones lie on top: the best
-    colours = [dark[outcome.number] for outcome in scored]
+    dark, best = shades(scored), best_of(scored)
+    scored.sort(key=lambda outcome: (outcome is best, dark[outcome.number]))  # later ones lie on top
+    colours = [1.0 if outcome is best else 0.98 * dark[outcome.number] for outcome in scored]
     places = {key: axis([outcome.settings.get(key, MISSING) for outcome in scored]) for key in keys}
     if len(keys) == 1:
         return _points(scored, colours, keys[0], places[keys[0]], objective)
     places[objective] = axis([outcome.best[1] for outcome in scored if outcome.best])
-    return _parallel(scored, colours, places)
+    return _parallel(colours, places)
 
 
 def bars(shares: dict[str, float]) -> Figure:
@@ -63,18 +63,16 @@ def _varies(key: str, outcomes: Sequence[Outcome]) -> bool:
 
 
 def _points(scored: Sequence[Outcome], colours: Sequence[float], key: str, place: Axis, objective: str) -> Figure:
-    best = best_of(list(scored))
+    """The best is the last of them."""
     trace = {
         "type": "scatter",
         "mode": "markers",
         "x": list(place.places),
         "y": [outcome.best[1] for outcome in scored if outcome.best],
         "marker": {
-            "symbol": ["star" if outcome is best else MARKS[outcome.state].symbol for outcome in scored],
-            "size": [17 if outcome is best else 10 for outcome in scored],
-            "color": [
-                1.0 if outcome is best else 0.98 * colour for outcome, colour in zip(scored, colours, strict=True)
-            ],
+            "symbol": [*(MARKS[outcome.state].symbol for outcome in scored[:-1]), "star"],
+            "size": [10] * (len(scored) - 1) + [17],
+            "color": list(colours),
             "colorscale": _SCALE_WITH_BEST,
             "cmin": 0,
             "cmax": 1,
@@ -90,15 +88,12 @@ def _points(scored: Sequence[Outcome], colours: Sequence[float], key: str, place
     return figure([trace], 420, {"l": 70, "r": 40, "t": 20, "b": 50}, xaxis=across, yaxis=line_axis(objective))
 
 
-def _parallel(scored: Sequence[Outcome], colours: Sequence[float], places: dict[str, Axis]) -> Figure:
-    best = best_of(list(scored))
+def _parallel(colours: Sequence[float], places: dict[str, Axis]) -> Figure:
     trace = {
         "type": "parcoords",
         "dimensions": [_dimension(name, place) for name, place in places.items()],
         "line": {
-            "color": [
-                1.0 if outcome is best else 0.98 * colour for outcome, colour in zip(scored, colours, strict=True)
-            ],
+            "color": list(colours),
             "colorscale": _SCALE_WITH_BEST,
             "cmin": 0,
             "cmax": 1,

@@ -61,7 +61,7 @@ def importance(outcomes: Sequence[Outcome]) -> Importance:
     for places, keys in groups.items():
         having = [scored[place] for place in places]
         weight = len(having) / len(scored) * _variance(having) / variance
-        alone = _alone(having) if weight else {}
+        alone = _alone(having)
         shares |= {key: weight * alone.get(key, 0.0) for key in keys}
     if len(shares) == 1:
         return Importance(
@@ -98,7 +98,7 @@ def _alone(scored: Sequence[Scored]) -> dict[str, float]:
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=rank))
     try:
         return get_param_importances(study, evaluator=FanovaImportanceEvaluator(n_trees=_TREES, seed=0))
-    except RuntimeError:  # no tree found anything to split by
+    except RuntimeError:  # all of these score alike, so no tree splits them
         return {}
 
 
