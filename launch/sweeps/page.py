@@ -31,6 +31,7 @@ main { max-width: 1320px; } p { max-width: 120ch; }
 .trials tr.best td, .rows tr.best td { font-weight: 650; background: #fdf1e7; }
 .trials th:first-child, .trials td:first-child { min-width: 0; padding-left: 8px; }
 .trials td.text, .trials th.text { text-align: left; }
+.trials td.text { white-space: normal; max-width: 24em; overflow-wrap: anywhere; }
 .trials td.reason { white-space: normal; min-width: 22em; max-width: 40em; overflow-wrap: anywhere; }
 .trials thead th { position: sticky; top: 0; background: #fff; box-shadow: inset 0 -1px var(--line); }
 .trials button { all: unset; cursor: pointer; white-space: nowrap; }
