@@ -176,9 +176,9 @@ def image_size(checkpoint: str | Path) -> int:
     return int(manifest(find_checkpoint(checkpoint))["image_size"])
 
 
-def is_measured(checkpoint: str | Path) -> bool:
-    """Whether it was evaluated; one that was saved as its run had to stop was not."""
-    return bool(manifest(find_checkpoint(checkpoint)).get("metrics"))
+def metrics(checkpoint: str | Path) -> dict[str, float]:
+    """What its evaluation measured; empty for one that was saved without, as when its run had to stop."""
+    return manifest(find_checkpoint(checkpoint)).get("metrics") or {}
 
 
 def data_state(checkpoint: str | Path) -> StreamState | None:

@@ -53,6 +53,7 @@ __all__ = [  # those of the network are settings of a run like the others
     "UnicodeConfig",
     "UnicodeLossConfig",
     "config_hash",
+    "flat",
     "from_dict",
     "to_dict",
 ]
@@ -258,6 +259,8 @@ class TrainConfig:
         log_every: Steps between log lines.
         resume: Continue from the last checkpoint in out_dir.
         init_from: Start from the weights of this checkpoint or run of the same model (MS3 from S4).
+        fork_from: Go on from all that this checkpoint or run of the same model and data has (optimiser, step, place in the
+            data) with the settings given here.
         max_nonfinite: Steps in a row whose loss or gradient may be NaN or infinite: all ranks skip such a step as if it
             had not been; with more the run stops.
     """
@@ -272,6 +275,7 @@ class TrainConfig:
     log_every: int = 10
     resume: bool = False
     init_from: str | None = None
+    fork_from: str | None = None
     max_nonfinite: int = 10
 
     def __post_init__(self) -> None:
@@ -279,6 +283,8 @@ class TrainConfig:
             at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("eval_every", "save_every", "max_nonfinite"):
             at_least(f"train.{name}", getattr(self, name), 0)
+        if self.init_from and self.fork_from:
+            raise ValueError("train.init_from and train.fork_from are two different starts: give one of them")
 
 
 @dataclass(frozen=True)
@@ -300,6 +306,14 @@ class Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain nested dict of lists, numbers and strings (JSON and YAML safe)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flat(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a nested dict by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found.update(flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
+    return found
 
 
 def config_hash(config: Any) -> str:

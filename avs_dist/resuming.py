@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from tqdm import tqdm
 
 from avs_dist import checkpoint, world
 from avs_dist.checkpoint import MANIFEST, STATE
-from avs_dist.config import Config, to_dict
+from avs_dist.config import Config, flat, to_dict
 from avs_dist.engine import Engine
 
 # a run may be continued with other values of these; all others must be the same
 _FREE_TO_CHANGE = {
-    *(f"train.{name}" for name in ("out_dir", "max_steps", "eval_every", "log_every", "resume", "init_from")),
+    *(f"train.{name}" for name in ("out_dir", "max_steps", "eval_every", "log_every", "resume")),
+    *(f"train.{name}" for name in ("init_from", "fork_from")),
     *(f"train.{name}" for name in ("save_every", "save_async", "keep_last", "max_nonfinite")),
     *(f"engine.{name}" for name in ("zero_stage", "offload", "activation_checkpointing", "timeout_s")),
     # its data go on at the very next clip, whatever the batches, and must be the same clips, wherever they are
@@ -96,8 +96,25 @@ def check_settings(folder: Path, config: Config, image_size: int) -> None:
     if differ:
         raise ValueError(
             f"{folder} was saved with other settings ({'; '.join(differ)}): "
-            f"continue with those in {folder / 'config.yaml'} or start in another train.out_dir"
+            f"continue with those in {folder / 'config.yaml'}, or start in another train.out_dir, from scratch or with "
+            "all that it has by train.fork_from"
         )
+    _check_state(folder)
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a checkpoint of another run that has not all a run goes on from, undamaged; collective.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+        RuntimeError: it cannot be read at present.
+    """
+    _check_state(folder)
+    if damage := _damage(folder):
+        raise ValueError(damage)
+
+
+def _check_state(folder: Path) -> None:
     if not (folder / STATE).is_dir():
         raise ValueError(
             f"{folder} has weights, but not what the optimiser remembers in a form that can be read (it is exported, "
@@ -119,12 +136,4 @@ def _lasting(config: Config) -> dict[str, Any]:
     """The settings that must stay the same over a resume, by their dotted names."""
     values = to_dict(config)
     values["data"].pop("mixture")  # its keys are places
-    return {key: value for key, value in _flat(values) if key not in _FREE_TO_CHANGE}
-
-
-def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value
+    return {key: value for key, value in flat(values).items() if key not in _FREE_TO_CHANGE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,15 @@ from avs_dist.tasks import build_task
 from avs_dist.tasks.base import Task
 from avs_dist.watchdog import phase, watching
 
+# step, metrics and the newest whole checkpoint, which is that of the step unless it could not be written
+Told = Callable[[int, dict[str, float], Path | None], None]
 
-def train(config: Config) -> Path:
+
+def train(config: Config, told: Told | None = None) -> Path:
     """Train to train.max_steps and return the folder of the last checkpoint.
+
+    Args:
+        told: called on every rank after every evaluation, and as a run is resumed with the one it goes on from.
 
     Raises:
         ValueError: the settings do not fit together, or train.out_dir holds a run and train.resume is off.
@@ -38,27 +45,28 @@ def train(config: Config) -> Path:
     device = world.start(config.engine.timeout_s)
     try:
         with watching(config.engine.timeout_s):
-            return _train(config, device)
+            return _train(config, device, told)
     finally:
         stop()
 
 
-def _train(config: Config, device: torch.device) -> Path:
+def _train(config: Config, device: torch.device, told: Told | None) -> Path:
     task = build_task(config)  # fails before anything expensive is built
     index = ShardIndex.load(config.data.shards)
     task.check_data(index)
     with sole_owner(config.train.out_dir):
-        return _Run(config, task, index, device).to_the_end()
+        return _Run(config, task, index, device, told).to_the_end()
 
 
 class _Run:
     """A training from where it was left; every method is collective."""
 
-    def __init__(self, config: Config, task: Task, index: ShardIndex, device: torch.device) -> None:
-        self.config, self.task, self.out_dir = config, task, Path(config.train.out_dir)
+    def __init__(self, config: Config, task: Task, index: ShardIndex, device: torch.device, told: Told | None) -> None:
+        self.config, self.task, self.out_dir, self.told = config, task, Path(config.train.out_dir), told
         self.previous = _previous_run(config)
+        whole = self.previous or _fork(config)  # of which all is taken
         torch.manual_seed(config.seed)
-        begin = self.previous or config.train.init_from
+        begin = whole or config.train.init_from
         system = build_system(config, load_pretrained=begin is None)
         if begin:
             checkpoint.check_classes(begin, index.classes, config.data.shards)
@@ -70,9 +78,9 @@ class _Run:
             checkpoint.load_weights(system, begin)
         check_stored_audio(system, index)
         self.engine = Engine(system, config, device)
-        self.done = resuming.restore(self.engine, self.previous) if self.previous else 0
+        self.done = resuming.restore(self.engine, whole) if whole else 0
         self.batches = TrainBatches(config, index, self.done)
-        if self.previous and (state := checkpoint.data_state(self.previous)):
+        if whole and (state := checkpoint.data_state(whole)):
             self.batches.load_state(state)
         self.saver = Saver(self.engine, config, best_by=task.best_by, facts=facts, newest=self.previous)
         self.skipped = SkippedSteps(config.train.max_nonfinite, self.out_dir, self.done)
@@ -105,7 +113,9 @@ class _Run:
         every = self.config.train
         if self.previous:
             self.batches.recall(self.out_dir)
-            if self._due(every.eval_every) and not checkpoint.is_measured(self.previous):
+            if measured := checkpoint.metrics(self.previous):
+                self._tell(measured)
+            elif self._due(every.eval_every):
                 self._evaluate()
         for micro_batches in self.batches:
             self.log.damage(self.done, self.batches.damage, self.task.damage)
@@ -138,6 +148,13 @@ class _Run:
             metrics, codes = self.task.evaluate(self.engine)
         self.log.evaluation(self.done, metrics, codes)
         self._save(metrics)
+        self._tell(metrics)
+
+    def _tell(self, metrics: dict[str, float]) -> None:
+        if self.told:
+            with phase(f"saving step {self.done}"):
+                self.saver.finish()
+            self.told(self.done, metrics, self.saver.newest)
 
     def _save(self, metrics: dict[str, float]) -> None:
         with phase(f"saving step {self.done}"):
@@ -166,10 +183,12 @@ class _Run:
         return self.done == self.config.train.max_steps or (every > 0 and self.done % every == 0)
 
     def _tell_begin(self) -> None:
-        where, previous = placement(), self.previous
+        where, previous, fork = placement(), self.previous, self.config.train.fork_from
         if world.is_main():
             print(f"{self.engine.describe()}\n{where}", flush=True)
-            if self.config.train.resume:
+            if fork and not previous:
+                print(f"forked from {fork} after step {self.done}")
+            elif self.config.train.resume:
                 place = self.config.train.out_dir
                 print(f"resumed from {previous}" if previous else f"no checkpoint in {place}: from step 0")
 
@@ -182,6 +201,19 @@ def _previous_run(config: Config) -> Path | None:
             "continue with --train.resume true, or choose another folder"
         )
     return resuming.newest_checkpoint(config.train.out_dir)
+
+
+def _fork(config: Config) -> Path | None:
+    """The checkpoint that another run goes on from with settings of its own.
+
+    Raises:
+        ValueError: it is damaged, or has the weights alone.
+    """
+    if config.train.fork_from is None:
+        return None
+    folder = checkpoint.find_checkpoint(config.train.fork_from)
+    resuming.check_whole(folder)
+    return folder
 
 
 def _word_vectors(config: Config, index: ShardIndex, begin: Path | str | None) -> str | None:

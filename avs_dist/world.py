@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -51,14 +52,32 @@ def _meet(backend: str, timeout_s: float) -> None:
         RuntimeError: some have not come in time.
     """
     limit_s = max(timeout_s * PATIENCE, LATEST_START_S) if timeout_s else None
+    limit = timedelta(seconds=limit_s) if limit_s else None
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=limit_s) if limit_s else None)
+        if store := _loopback_store(limit or dist.constants.default_pg_timeout):
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit)
     except RuntimeError as error:  # gloo raises plain ones
         where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise RuntimeError(
             f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} has not met all others at {where} ({error}): "
             "is a host down or a port closed? Look with `avs-dist doctor --hosts HOSTFILE`"
         ) from error
+
+
+def _loopback_store(limit: timedelta) -> dist.TCPStore | None:
+    """Where the ranks of one host meet that were told to by its loopback address; None for all others.
+
+    torch's own would listen on all addresses of the host, for everybody.
+    """
+    if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost") or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        return None
+    port, first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    listener = socket.create_server(("127.0.0.1", port)).detach() if first else None
+    size = int(os.environ["WORLD_SIZE"])
+    return dist.TCPStore("127.0.0.1", port, size, first, timeout=limit, master_listen_fd=listener)
 
 
 def limit_waiting(timeout_s: float) -> None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": "paint what sounds on any video file",
     "export": "write a checkpoint as a folder to pass on: weights, config.json, model card",
     "report": "draw latent codes, the use of shared codes, or the score over denoising steps",
+    "sweep": "try many settings of a training: search, early stopping, population based training",
     "ablations": "the ablation tables of the papers at toy scale",
     "demo": "all of these in a row, on synthetic clips and a real film",
     "bench": "time the hot spots against their references",

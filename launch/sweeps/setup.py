@@ -1,0 +1,86 @@
+"""What every trial needs to know of its sweep, wherever it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avs_dist.config import to_dict
+from avs_dist.launch.sweeps.plan import Plan
+from avs_dist.launch.sweeps.settings import ResourcesConfig
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sent to the trials.
+
+    Args:
+        out: folder of the sweep; all hosts have the same files there.
+        bases: config of each row.
+        sign: of good scores.
+        gpus: of each worker.
+        cwd: where the sweep was started, which paths in configs are relative to.
+    """
+
+    out: str
+    bases: dict[str, dict[str, Any]]
+    objective: str
+    sign: int
+    resources: ResourcesConfig
+    gpus: float
+    cwd: str
+
+    @staticmethod
+    def of(plan: Plan, there: Mapping[str, float]) -> Setup:
+        """
+        Args:
+            there: what the cluster has, by the names of Ray.
+
+        Raises:
+            ValueError: a trial does not fit in.
+        """
+        resources = plan.sweep.resources
+        setup = Setup(
+            out=str(plan.out.absolute()),
+            bases={row: to_dict(base) for row, base in plan.bases.items()},
+            objective=plan.objective,
+            sign=1 if plan.sweep.mode == "max" else -1,
+            resources=resources,
+            gpus=min(1.0, there.get("GPU", 0.0)) if resources.gpus is None else resources.gpus,
+            cwd=os.getcwd(),
+        )
+        if not setup.at_once(there):
+            has = ", ".join(f"{there.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+            takes = " and ".join(f"{amount:g} {name}" for name, amount in setup.bundle().items())
+            raise ValueError(f"a trial of {resources.workers} workers with {takes} each does not fit: there are {has}")
+        return setup
+
+    def bundle(self) -> dict[str, float]:
+        """What one worker takes, by the names of Ray."""
+        return {"CPU": self.resources.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+    def at_once(self, there: Mapping[str, float]) -> int:
+        """How many trials fit in at the same time."""
+        workers = self.resources.workers
+        return int(min(there.get(name, 0.0) // (workers * amount) for name, amount in self.bundle().items()))
+
+    def limit(self, plan: Plan, there: Mapping[str, float]) -> int:
+        """How many trials may be begun at the same time; 0: as many as get their resources.
+
+        Raises:
+            ValueError: a population would not be trained together.
+        """
+        asked, workers = self.resources.concurrent, self.resources.workers
+        limit = asked or (self.at_once(there) if workers > 1 else 0)  # those of Ray Train take theirs after they begin
+        if plan.sweep.scheduler.name == "pbt" and 0 < limit < plan.sweep.samples:
+            raise ValueError(
+                f"pbt needs all its {plan.sweep.samples} trials at the same time, but {limit} of {workers} workers fit "
+                "or are allowed: use fewer samples, or single workers, which can take turns"
+            )
+        return limit
+
+    def folder(self, number: int) -> Path:
+        return Path(self.out, "trials", f"{number:04d}")

@@ -1,0 +1,192 @@
+"""What one trial does, whoever starts it and how often: it goes on from what is in its folder, or from another trial.
+
+<folder>/            an ordinary run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/
+<folder>/trial.json  its present settings, and where it was forked from other trials (population based training)
+<folder>/fork/       the checkpoint of the other trial that it went on from last
+<folder>/log.txt     what it printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avs_dist import checkpoint
+from avs_dist.config import Config, from_dict
+from avs_dist.launch.sweeps.outcome import Fork
+from avs_dist.shards.files import write_text
+
+OUT_OF_MEMORY = "out_of_memory.txt"  # in the folder of a trial that had not enough
+_FACTS = "trial.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial as it was drawn.
+
+    number:   Of the study.
+    folder:   Its run.
+    config:   Its config without the settings.
+    settings: By dotted config key.
+    """
+
+    number: int
+    folder: str
+    config: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """Those that the trial has since it was forked; None where it never was."""
+    facts = _facts(folder)
+    return facts["settings"] if facts else None
+
+
+def forks_of(folder: Path) -> tuple[Fork, ...]:
+    facts = _facts(folder)
+    return tuple(Fork(**each) for each in facts["forks"]) if facts else ()
+
+
+def prepare(job: Job, origin: str | None) -> Config:
+    """The config to train with now; call it once at each start, before any rank trains.
+
+    Args:
+        origin: the checkpoint that the scheduler wants the trial to go on from: of its own run, or of another trial's;
+            None at its first start.
+    """
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OUT_OF_MEMORY).unlink(missing_ok=True)
+    settings = job.settings
+    facts = _facts(folder)
+    if origin and not Path(origin).is_relative_to(folder) and (facts is None or facts["origin"] != origin):
+        facts = _fork(folder, origin, settings)
+    if facts:
+        settings = facts["settings"]
+        if facts["pending"]:
+            shutil.rmtree(checkpoint.root(folder), ignore_errors=True)
+            _write_facts(folder, {**facts, "pending": False})
+    train = {"train.out_dir": str(folder), "train.resume": True}
+    if facts:
+        train |= {"train.fork_from": str(_forked(folder)), "train.init_from": None}
+    return from_dict(merged(job.config, {**settings, **train}))
+
+
+def reported(folder: Path) -> None:
+    """Note that the scheduler has heard of an own checkpoint: when it asks for the same origin again, it means it."""
+    facts = _facts(folder)
+    if facts and facts["origin"]:
+        _write_facts(folder, {**facts, "origin": ""})
+
+
+def merged(config: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested config with values of dotted keys put in."""
+    found = json.loads(json.dumps(config))
+    for key, value in settings.items():
+        *path, last = key.split(".")
+        place = found
+        for name in path:
+            place = place[name]
+        place[last] = value
+    return found
+
+
+@contextmanager
+def memory_noted(folder: Path) -> Iterator[None]:
+    """Within the block a lack of memory leaves a note, by which the sweep tells it from a fault and does not retry."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        write_text(
+            folder / OUT_OF_MEMORY, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+        )
+        raise
+
+
+def lack_of_memory(folder: Path) -> str:
+    """What it said; empty where it had enough."""
+    path = folder / OUT_OF_MEMORY
+    return path.read_text().strip() if path.is_file() else ""
+
+
+@contextmanager
+def printing_to(path: Path) -> Iterator[None]:
+    """Within the block all that this process prints goes to the end of a file, with the error that ends the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = os.dup(1), os.dup(2)
+    with open(path, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        for number, old in zip((1, 2), before, strict=True):
+            os.dup2(old, number)
+            os.close(old)
+
+
+def _fork(folder: Path, origin: str, settings: dict[str, Any]) -> dict[str, Any]:
+    source = _copy_of(Path(origin), folder / "fork")
+    step = int(checkpoint.manifest(source)["step"])
+    other = int(Path(origin).parents[1].name)
+    forks = [*(_facts(folder) or {"forks": []})["forks"], {"step": step, "source": other, "settings": settings}]
+    facts = {"settings": settings, "forks": forks, "origin": origin, "pending": True}
+    _write_facts(folder, facts)
+    return facts
+
+
+def _copy_of(origin: Path, place: Path) -> Path:
+    """A copy of a checkpoint that stays when the run it is of removes its own; by links where the disk has them.
+
+    The run may have removed it already: then its newest one.
+    """
+    for _ in range(10):
+        there = [origin, *checkpoint.newest_first(origin.parent)]
+        source = next((each for each in there if (each / checkpoint.MANIFEST).is_file()), None)
+        if source is None:
+            break
+        staged = place.with_name(".fork.partial")
+        for left_over in (staged, place):
+            shutil.rmtree(left_over, ignore_errors=True)
+        try:
+            shutil.copytree(source, staged / source.name, copy_function=_link)
+        except (shutil.Error, FileNotFoundError):
+            continue
+        if (staged / source.name / checkpoint.MANIFEST).is_file():
+            os.replace(staged, place)
+            return place / source.name
+    raise RuntimeError(f"there is no checkpoint to go on from in {origin.parent}")
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
+
+
+def _forked(folder: Path) -> Path:
+    return next((folder / "fork").iterdir())
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    path = folder / _FACTS
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    write_text(folder / _FACTS, json.dumps(facts, indent=1) + "\n")
