@@ -1,31 +1,36 @@
 """The ablation tables of a paper at toy scale: synthetic clips, a tiny network, few steps.
 
-    avs-dist ablations                                     Tables 2-6 of ECMVAE; about 15 minutes on 2 free CPU cores
+    avs-dist ablations                                     Tables 2-6 of ECMVAE
     avs-dist ablations --paper diffusion                   Tables III-VIII of contrastive latent diffusion
     avs-dist ablations --paper unicode --tables 1 2 fig3   Tables 1-3 and Fig. 3 of Uni-Code
     avs-dist ablations --paper unicode --tables transfer   its four rows that tell most, in minutes
     avs-dist ablations --tables 5 --steps 1000 --out runs/table5
 
-Every row is the base configs plus small files of configs/ecmvae, configs/diffusion or configs/unicode; rows that stand
-in several tables are run once. The tables and their commands are written to ablations.md and ablations.json in --out,
-again after every row. A run that was stopped goes on where it was when the same command is given again.
+The tables are the sweeps configs/sweeps/ecmvae_table4.yaml and so on, which run on real data by themselves (`avs-dist
+sweep`). This command makes clips, and of all the rows of the tables one sweep, in which several train at a time and
+those that stand in several tables once; then it measures each run on the test split. The tables and their commands are
+written to ablations.md and ablations.json in --out. A run that was stopped goes on where it was when the same command
+is given again.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
 import shutil
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from avs_dist.launch.ablation_tables import PAPERS
-from avs_dist.launch.ablation_tables.experiment import Column, Experiment, Plan
-from avs_dist.launch.ablation_tables.paper import FROM_S4, S4, Paper
+from avs_dist.launch.ablation_tables.experiment import Plan
+from avs_dist.launch.ablation_tables.paper import CONFIGS, FROM_S4, START, Key, Paper, Row, Table
+from avs_dist.launch.ablation_tables.writing import RESULT_FILE, write_tables
 from avs_dist.launch.cli import run
 from avs_dist.launch.parser import Parser
 from avs_dist.launch.stages import shown, stage
@@ -33,9 +38,7 @@ from avs_dist.launch.train import parse_config
 from avs_dist.shards.files import write_text
 from avs_dist.shards.schema import INDEX_FILE
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-Key = int | str  # of a table or figure
-SPEED = Column("steps_per_s", "steps/s", ".2f")
+S4 = "s4"  # the training that rows start from, and its setting
 
 
 def build_parser() -> Parser:
@@ -77,19 +80,30 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     started, paper = time.monotonic(), PAPERS[args.paper]
     plan = _plan(args, paper)
-    out, keys = Path(args.out or paper.out), _keys(paper, args.tables or ())
-    warmup = _warmup_steps(plan)
+    out = Path(args.out or paper.out)
+    tables = {key: paper.table(key) for key in _keys(paper, args.tables or ())}
+    rows = _distinct(tables)
+    values = _values(plan)
     _claim(out, plan)
-    todo = [variant for variant in _variants(paper, keys) if not _result_file(out, variant).is_file()]
-    _write(out, plan, keys, warmup)
+
+    def write() -> None:
+        write_tables(out, plan, paper, tables, _runs(out), lambda row: shown(_train_command(out, plan, row, values)))
+
+    write()
+    if any(variant not in _runs(out) for variant in rows):
+        _train(out, plan, tables, values)
+    runs = _runs(out)
+    todo = [variant for variant in rows if variant in runs and not (runs[variant] / RESULT_FILE).is_file()]
     for done, variant in enumerate(todo, start=1):
         print(f"\n[{done}/{len(todo)}] {variant}, {time.monotonic() - started:.0f} s so far", flush=True)
-        shards = _shards(out, _setting(paper, variant), plan)
-        stage(*_train_command(out, plan, variant, warmup))
-        stage(*map(str, paper.experiment.measure(out / variant, shards, _result_file(out, variant))))
-        _write(out, plan, keys, warmup)
+        shards = _shards(out, paper.experiment.setting, plan)
+        stage(*map(str, paper.experiment.measure(runs[variant], shards, runs[variant] / RESULT_FILE)))
+        write()
     print(f"\n{(out / 'ablations.md').read_text()}")
     print(f"took {time.monotonic() - started:.0f} s; written to {out / 'ablations.md'} and {out / 'ablations.json'}")
+    if failed := [variant for variant in rows if variant not in runs]:
+        place = _sweep_folder(out, tables)
+        raise RuntimeError(f"{', '.join(failed)}: not trained, see {place}/trials.csv; the same command tries again")
     return 0
 
 
@@ -113,31 +127,30 @@ def _plan(args: Any, paper: Paper) -> Plan:
 
 def _keys(paper: Paper, asked: Sequence[Key]) -> list[Key]:
     """The tables that are asked for, in the order of the paper; all where none is."""
-    unknown = [key for key in asked if key not in paper.tables]
+    unknown = [key for key in asked if key not in paper.keys]
     if unknown:
         raise ValueError(f"--tables {unknown[0]}: of {paper.title} there are {paper.known}")
-    return [key for key in paper.tables if key in (asked or paper.tables)]
+    return [key for key in paper.keys if key in (asked or paper.keys)]
 
 
-def _variants(paper: Paper, keys: Sequence[Key]) -> list[str]:
-    """Every variant of the tables once, the S4 training before what starts from it."""
-    variants = dict.fromkeys(row.variant for key in keys for row in paper.tables[key].rows)
-    return [name for variant in variants for name in ((S4, FROM_S4) if variant == FROM_S4 else (variant,))]
+def _distinct(tables: Mapping[Key, Table]) -> dict[str, Row]:
+    """Each variant once, by its name."""
+    rows: dict[str, Row] = {}
+    for table in tables.values():
+        for row in table.rows:
+            rows.setdefault(row.variant, row)
+    return rows
 
 
-def _setting(paper: Paper, variant: str) -> str:
-    return "s4" if variant == S4 else paper.experiment.setting
-
-
-def _result_file(out: Path, variant: str) -> Path:
-    """What measures a row writes this, at once and last: where it is, the row is done."""
-    return out / variant / "test.json"
-
-
-def _warmup_steps(plan: Plan) -> int:
-    """The warm-up keeps its share of the steps of the base."""
-    base = parse_config([word for path in plan.config for word in ("--config", path)])
-    return round(base.optim.warmup_steps * plan.steps / base.train.max_steps)
+def _values(plan: Plan) -> dict[str, object]:
+    """What all trainings have, by config key; the warm-up keeps its share of the steps of the base."""
+    base = parse_config(_config_words(plan))
+    return {
+        "seed": plan.seed,
+        "optim.warmup_steps": round(base.optim.warmup_steps * plan.steps / base.train.max_steps),
+        "train.max_steps": plan.steps,
+        "train.eval_every": 0,
+    }
 
 
 def _claim(out: Path, plan: Plan) -> None:
@@ -164,79 +177,78 @@ def _shards(out: Path, setting: str, plan: Plan) -> Path:
     return shards
 
 
-def _train_command(out: Path, plan: Plan, variant: str, warmup: int) -> list[str]:
+def _train(out: Path, plan: Plan, tables: Mapping[Key, Table], values: Mapping[str, object]) -> None:
+    """All rows that have no run yet, as one sweep; before it the training on S4, where a row starts from it."""
     paper = PAPERS[plan.paper]
-    configs = [*plan.config, *(_typed(CONFIGS / name) for name in paper.files(variant))]
-    values = {
-        "data.shards": out / f"shards_{_setting(paper, variant)}",
-        "seed": plan.seed,
-        "optim.warmup_steps": warmup,
-        "train.max_steps": plan.steps,
-        "train.eval_every": 0,
-        "train.out_dir": out / variant,
-        "train.resume": "true",
-        **({"train.init_from": out / S4} if variant == FROM_S4 else {}),
+    shards = _shards(out, paper.experiment.setting, plan)
+    folder = _sweep_folder(out, tables)
+    file = folder.with_suffix(".yaml")
+    if not file.is_file():
+        write_text(file, yaml.safe_dump(_sweep(out, paper, tables), sort_keys=False))
+    if FROM_S4 in yaml.safe_load(file.read_text())["rows"]:
+        first = {"data.shards": _shards(out, S4, plan), **values, "train.out_dir": out / S4, "train.resume": "true"}
+        stage("train", *_config_words(plan), *_words(first))
+    own = ("--sweep", file, "--out", folder, "--resume")
+    stage("sweep", *_config_words(plan), *own, *_words({"data.shards": shards, **values}))
+
+
+def _sweep_folder(out: Path, tables: Mapping[Key, Table]) -> Path:
+    return out / f"tables_{'_'.join(map(str, tables))}"
+
+
+def _sweep(out: Path, paper: Paper, tables: Mapping[Key, Table]) -> dict[str, Any]:
+    """The file of the sweep; rows that another sweep of this folder has trained are not in it."""
+    rows, there = {}, _runs(out)
+    for variant, row in _distinct(tables).items():
+        if variant not in there:
+            rows[variant] = {**dataclasses.asdict(row.config), "settings": _settings(out, row)}
+    plain = json.loads(json.dumps({"rows": rows}))
+    return {
+        "title": f"{paper.title}, tables at toy scale: {', '.join(map(str, tables))}",
+        "scheduler": {"name": "none"},
+        "resources": {"cpus": 1},
+        "published": next((list(table.published) for table in tables.values() if table.published), []),
+        **plain,
     }
-    words = [word for path in configs for word in ("--config", path)]
-    return ["train", *words, *(str(word) for key, value in values.items() for word in (f"--{key}", value))]
+
+
+def _settings(out: Path, row: Row) -> dict[str, Any]:
+    """Those of the row, with our training on S4 in the place of the real one."""
+    return {key: str(out / S4) if key == START else value for key, value in row.config.settings.items()}
+
+
+def _runs(out: Path) -> dict[str, Path]:
+    """The folder of the training of each variant that is done."""
+    runs: dict[str, Path] = {}
+    for path in sorted(out.glob("tables_*/trials.csv")):
+        with path.open(newline="") as file:
+            for trial in csv.DictReader(file):
+                if trial["state"] == "complete":
+                    runs.setdefault(trial["label"], path.parent / trial["folder"])
+    return runs
+
+
+def _train_command(out: Path, plan: Plan, row: Row, values: Mapping[str, object]) -> list[str]:
+    """What trains a row alone, as the sweep does."""
+    shards = out / f"shards_{PAPERS[plan.paper].experiment.setting}"
+    overlays = [word for path in row.config.configs for word in ("--config", _typed(Path(path)))]
+    own = {"data.shards": shards, **values, "train.out_dir": out / row.variant, **_settings(out, row)}
+    return ["train", *_config_words(plan), *overlays, *_words(own)]
+
+
+def _config_words(plan: Plan) -> list[str]:
+    return [word for path in plan.config for word in ("--config", path)]
+
+
+def _words(values: Mapping[str, object]) -> list[str]:
+    """Of the command line."""
+    return [str(word) for key, value in values.items() for word in (f"--{key}", value)]
 
 
 def _typed(path: Path) -> str:
     """The path as one would type it here."""
     here = os.path.relpath(path)
     return str(path) if here.startswith("..") else here
-
-
-def _write(out: Path, plan: Plan, keys: Sequence[Key], warmup: int) -> None:
-    """ablations.json and ablations.md with all rows that are done so far."""
-    tables, paper = {}, PAPERS[plan.paper]
-    for key in keys:
-        rows = []
-        for row in paper.tables[key].rows:
-            command = shown(_train_command(out, plan, row.variant, warmup))
-            rows.append({**row._asdict(), **_result(out, paper.experiment, row.variant), "command": command})
-        tables[str(key)] = {"title": f"{paper.name(key)}: {paper.tables[key].title}", "rows": rows}
-    write_text(out / "ablations.json", json.dumps({**dataclasses.asdict(plan), "tables": tables}, indent=1) + "\n")
-    write_text(out / "ablations.md", _markdown(plan, paper, tables))
-
-
-def _result(out: Path, experiment: Experiment, variant: str) -> dict[str, float | None]:
-    path = _result_file(out, variant)
-    if not path.is_file():
-        return dict.fromkeys((*(column.key for column in experiment.columns), SPEED.key))
-    records = [json.loads(line) for line in (out / variant / "metrics.jsonl").read_text().splitlines()]
-    seconds = [record["seconds_per_step"] for record in records if record["phase"] == "train"]
-    speed = 1.0 / statistics.median(seconds) if seconds else None  # a run of few steps logs none
-    return {**experiment.scores(path, records), SPEED.key: speed}
-
-
-def _markdown(plan: Plan, paper: Paper, tables: dict[str, Any]) -> str:
-    experiment = paper.experiment
-    columns, published = (*experiment.columns, SPEED), experiment.published
-    parts = [
-        f"Toy scale: {experiment.described(plan)}, a tenth of them the test split, "
-        f"and {plan.steps} steps from random weights with one seed. These scores are reported, not claimed: they show "
-        "that every row trains; at this scale their order says nothing about that of the paper.",
-        f"Paper: {paper.title}. Base of all rows: {' '.join(plan.config)}. {experiment.legend}; steps/s is a median.",
-    ]
-    head = ("row", *(column.heading for column in columns), *published, "command")
-    for table in tables.values():
-        lines = [f"## {table['title']}", "", _line(head), _line(["---"] * len(head))]
-        for row in table["rows"]:
-            measured = [_cell(row[column.key], column.form) for column in columns]
-            quoted = row["published"] if isinstance(row["published"], tuple) else [row["published"]] * len(published)
-            of_paper = [_cell(value, experiment.published_form) for value in quoted]
-            lines.append(_line([row["label"], *measured, *of_paper, f"`{row['command']}`"]))
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

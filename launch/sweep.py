@@ -14,6 +14,8 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,13 +77,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _start_ray(address: str | None, resources: ResourcesConfig) -> None:
     """Join a cluster, or start a Ray here that nobody else can reach: on loopback, and with a token."""
-    hidden = (
-        {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if resources.gpus == 0 else None
-    )  # else trials would all take the first
+    # trials that have none would otherwise all take the first GPU
+    hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if resources.gpus == 0 else None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": hidden}
     if address:
         ray.init(address, **options)
         return
+    warnings.filterwarnings("ignore", "Consider boosting PBT")  # by trials of one process after the other
     for warns in ("ray._private.authentication", "ray.tune.analysis"):  # that there is a token, and no logs of Tune's
         logging.getLogger(warns).setLevel(logging.ERROR)
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for its processes: a cluster of this host alone
@@ -90,13 +92,15 @@ def _start_ray(address: str | None, resources: ResourcesConfig) -> None:
 
 
 def _conduct(plan: Plan, study: Study, setup: Setup) -> int:
-    limit = setup.limit(plan, ray.cluster_resources())
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.sweep.samples if plan.sweep.scheduler.name == "pbt" else 1)
+    def room() -> int:
+        return setup.room(plan, ray.cluster_resources())
+
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room())
     board = Board(plan, study)
     tuner = tune.Tuner(
         _resources(setup),
         tune_config=tune.TuneConfig(
-            search_alg=_Drafts(study, limit),
+            search_alg=_Drafts(study, room),
             scheduler=_scheduler(plan, study),
             num_samples=-1,  # until there are no more drafts
             time_budget_s=plan.sweep.hours * 3600 or None,
@@ -110,9 +114,8 @@ def _conduct(plan: Plan, study: Study, setup: Setup) -> int:
             verbose=0,
         ),
     )
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT)
-    )  # which Tune ends in order at
+    # Tune ends in order at the other one
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     with board:
         tuner.fit()
     return board.finish(out_of_time=bool(plan.sweep.hours) and board.seconds >= plan.sweep.hours * 3600)
@@ -302,8 +305,8 @@ class _NotKept:
 class _Drafts(_NotKept, SearchAlgorithm):
     """Gives Tune the trials of the study, with their numbers as names."""
 
-    def __init__(self, study: Study, concurrent: int) -> None:
-        self._study, self._concurrent = study, concurrent
+    def __init__(self, study: Study, room: Callable[[], int]) -> None:
+        self._study, self._room = study, room
         self._live: set[str] = set()
 
     @property
@@ -314,7 +317,7 @@ class _Drafts(_NotKept, SearchAlgorithm):
         self._spec = experiments[0].spec
 
     def next_trial(self) -> Trial | None:
-        if self._finished or (self._concurrent and len(self._live) >= self._concurrent):
+        if self._finished or len(self._live) >= self._room():
             return None
         draft = self._study.next()
         if draft is None:
@@ -351,9 +354,11 @@ class _Watcher(_NotKept, tune.Callback):
     ) -> None:
         self._watch.result(int(trial.trial_id), result)
 
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._watch.started(int(trial.trial_id))
+
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._freed(trial)
-        self._watch.started_again(int(trial.trial_id))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._freed(trial)

@@ -34,16 +34,15 @@ class Column(NamedTuple):
 class Experiment(ABC):
     """Data and scores.
 
-    setting:   Of the synthetic data, where a row does not say otherwise.
-    columns:   What is measured of each row.
-    published: Headings of the scores that a row quotes from the paper, which are written in `published_form`.
-    legend:    What the columns say.
-    size:      Default side of the frames in pixels; None: there are none.
+    setting:        Of the synthetic data of all rows.
+    columns:        What is measured of each row.
+    published_form: How the scores of the paper are written.
+    legend:         What the columns say.
+    size:           Default side of the frames in pixels; None: there are none.
     """
 
     setting: str
     columns: tuple[Column, ...]
-    published: tuple[str, ...]
     published_form: str
     legend: str
     size: int | None
@@ -75,7 +74,6 @@ class Masks(Experiment):
 
     setting = "ms3"
     columns = (Column("miou", "toy mIoU"), Column("f_score", "toy F"))
-    published = ("paper's MS3 mIoU",)
     published_form = ".2f"
     legend = "mIoU and F are those of `avs-dist evaluate`"
     size = 64
@@ -110,13 +108,12 @@ class Codes(Experiment):
         Column("agreement", "same code", ".1%"),
         Column("shared", "shared codes", ".1%"),
     )
-    published = ("paper's AVE V->A", "paper's AVE A->V")
     published_form = ".1f"
     legend = (
         "V->A: accuracy on sound of a head that learnt from pictures, on test clips (`avs-dist downstream classify`); "
-        "the paper's scores are in percent, trained on VGGSound-AVEL 40K. Of the validation clips at the end of the "
-        "training: same code, the seconds at which modalities have one code; shared codes, the codes in use of which "
-        "each modality has at least a fifth of the tokens (Fig. 4)"
+        "the paper's scores are with VGGSound-AVEL 40K. Of the validation clips at the end of the training: same code, "
+        "the seconds at which modalities have one code; shared codes, the codes in use of which each modality has at "
+        "least a fifth of the tokens (Fig. 4)"
     )
     size = None
 

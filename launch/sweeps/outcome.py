@@ -32,7 +32,7 @@ class Outcome:
         scores: step and objective of every evaluation, in the order of steps.
         mode: whether high or low scores are good.
         seconds: that it has trained, over all its starts.
-        starts: how often it was started; more than once after a fault or an interrupted sweep.
+        starts: how often it was started; more than once after a fault, a fork, or an interrupted sweep.
         forks: the oldest first.
         published: the scores that a paper gives its row, one for each of its columns; empty for rows of ours.
         folder: the run: config.yaml, metrics.jsonl, checkpoints, tensorboard.

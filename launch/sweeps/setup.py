@@ -67,20 +67,23 @@ class Setup:
         workers = self.resources.workers
         return int(min(there.get(name, 0.0) // (workers * amount) for name, amount in self.bundle().items()))
 
-    def limit(self, plan: Plan, there: Mapping[str, float]) -> int:
-        """How many trials may be begun at the same time; 0: as many as get their resources.
+    def room(self, plan: Plan, there: Mapping[str, float]) -> int:
+        """How many trials may be begun and not ended, so that none is drawn long before it runs.
 
         Raises:
             ValueError: a population would not be trained together.
         """
-        asked, workers = self.resources.concurrent, self.resources.workers
-        limit = asked or (self.at_once(there) if workers > 1 else 0)  # those of Ray Train take theirs after they begin
-        if plan.sweep.scheduler.name == "pbt" and 0 < limit < plan.sweep.samples:
+        asked, fitting, samples = self.resources.concurrent, self.at_once(there), plan.sweep.samples
+        if plan.sweep.scheduler.name != "pbt":
+            # one more waits, which lets a cluster grow; but those of Ray Train take their resources after they begin
+            return asked or (fitting + 1 if self.resources.workers == 1 else fitting)
+        most = asked or (samples if self.resources.workers == 1 else fitting)  # single workers can take turns
+        if most < samples:
             raise ValueError(
-                f"pbt needs all its {plan.sweep.samples} trials at the same time, but {limit} of {workers} workers fit "
+                f"pbt trains all its {samples} trials side by side, but {most} of {self.resources.workers} workers fit "
                 "or are allowed: use fewer samples, or single workers, which can take turns"
             )
-        return limit
+        return samples
 
     def folder(self, number: int) -> Path:
         return Path(self.out, "trials", f"{number:04d}")

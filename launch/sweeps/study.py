@@ -81,8 +81,7 @@ class Study:
             except ValueError as error:
                 self._replace(draft, str(error))
                 continue
-            attrs = self._attrs(draft.number)
-            self._note(draft.number, starts=attrs.get("starts", 0) + 1, reason="")
+            self._note(draft.number, reason="")
             return draft
 
     def report(self, number: int, step: int, score: float) -> None:
@@ -95,7 +94,8 @@ class Study:
         attrs = self._attrs(number)
         self._note(number, seconds={**attrs.get("seconds", {}), str(attrs.get("starts", 1)): round(seconds, 2)})
 
-    def started_again(self, number: int) -> None:
+    def started(self, number: int) -> None:
+        """A process has begun to train it."""
         self._note(number, starts=self._attrs(number).get("starts", 0) + 1)
 
     def end(self, number: int, state: Literal["complete", "stopped", "out of memory"], reason: str = "") -> None:

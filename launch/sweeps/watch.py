@@ -26,8 +26,8 @@ class Watch:
         self._study.report(number, result[STEP], result[self._plan.objective])
         self._study.worked(number, result[SECONDS])
 
-    def started_again(self, number: int) -> None:
-        self._study.started_again(number)
+    def started(self, number: int) -> None:
+        self._study.started(number)
 
     def ended(self, number: int, row: str, settings: Mapping[str, Any], last: Mapping[str, Any]) -> None:
         """It came to its end, or was stopped.
