@@ -1,6 +1,6 @@
 """Kill a training again and again at random moments, and compare what it comes to with the uninterrupted training.
 
-    avs-dist bench kills                                50 kills of one process; about 6 minutes on 2 CPU cores
+    avs-dist bench kills                                50 kills of one process; about 4 minutes on 2 CPU cores
     avs-dist bench kills --ranks 2 --zero-stage 3       the deepspeed launcher; of all processes or one rank
     avs-dist bench kills --async --system ecmvae        files are written while the training goes on
 

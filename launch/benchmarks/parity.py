@@ -1,6 +1,6 @@
 """Compare trainings on several ranks, under every ZeRO stage, with the same training in one process.
 
-    avs-dist bench parity                                       the whole table; about 15 minutes on 2 CPU cores
+    avs-dist bench parity                                       the whole table; 15 to 20 minutes on 2 CPU cores
     avs-dist bench parity --systems unicode --stages 3 --ranks 2
     avs-dist bench parity --precision bf16 --tolerance 0.05 --markdown bf16.md
 
