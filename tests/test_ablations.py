@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-from pathlib import Path
+import shlex
 
 import pytest
+import yaml
+from ablation_runs import CONFIGS, composed, planned, rows_of, swept, without_place
 
-from avs_dist.config import Config, to_dict
+from avs_dist.config import flat, from_dict, to_dict
 from avs_dist.launch import ablations
 from avs_dist.launch.ablation_tables import DIFFUSION, ECMVAE
-from avs_dist.launch.ablation_tables.paper import FROM_S4, FULL, S4
+from avs_dist.launch.ablation_tables.paper import FROM_S4, FULL
 from avs_dist.launch.cli import run
 from avs_dist.launch.train import parse_config
 from avs_dist.systems import build_system
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PAPERS = {"ecmvae": ECMVAE, "diffusion": DIFFUSION}
 
 ONE_CODE = {"model.latent.factorise": False, "loss.latent.divergence": "kl"}
@@ -117,20 +117,8 @@ PUBLISHED = {"ecmvae": PAPER, "diffusion": PAPER_DIFFUSION}
 NOT_A_ROW = {"ecmvae": {"published_code"}, "diffusion": {"toy"}}
 
 
-@functools.cache
-def composed(*names: str) -> Config:
-    return parse_config([word for name in names for word in ("--config", str(CONFIGS / name))])
-
-
 def overlays(paper: str) -> list[str]:
-    return sorted(path.stem for path in (CONFIGS / PAPERS[paper].overlays).glob("*.yaml"))
-
-
-def flat(values: dict, path: str = "") -> dict:
-    found = {}
-    for key, value in values.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return found
+    return sorted(path.stem for path in (CONFIGS / paper).glob("*.yaml"))
 
 
 @pytest.mark.parametrize(("paper", "base", "name", "changes"), COMPOSED)
@@ -167,22 +155,73 @@ def test_the_head_of_an_overlay_says_command_and_published_scores(paper):
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_the_rows_of_the_tables_are_those_of_the_paper(paper):
-    rows = [row for table in PAPERS[paper].tables.values() for row in table.rows]
+    rows = rows_of(PAPERS[paper])
     for row in rows:
-        assert row.published == (PUBLISHED[paper][row.variant][2] if row.variant in PUBLISHED[paper] else None), row
+        published = PUBLISHED[paper]
+        assert row.config.published == ((published[row.variant][2],) if row.variant in published else ()), row
+        assert row.config.settings == ({"train.init_from": f"runs/{paper}_s4"} if row.variant == FROM_S4 else {}), row
     assert {row.variant for row in rows} - {FULL, FROM_S4} == set(overlays(paper)) - NOT_A_ROW[paper]
 
 
 def test_a_variant_that_stands_in_several_tables_is_one():
-    variants = {number: [row.variant for row in table.rows] for number, table in ECMVAE.tables.items()}
+    variants = {number: [row.variant for row in ECMVAE.table(number).rows] for number in ECMVAE.keys}
     assert variants[2][2] == variants[3][0]  # CMVAE is one code of 16
     assert variants[3][2] == variants[4][0]  # factorised, without constraints, is KL
     assert variants[4][3] == variants[5][3] == variants[6][0] == FULL
-    assert [len(variants[number]) for number in (2, 3, 4, 5, 6)] == [3, 5, 5, 4, 2]
-    variants = {number: [row.variant for row in table.rows] for number, table in DIFFUSION.tables.items()}
+    assert {number: len(rows) for number, rows in variants.items()} == {2: 3, 3: 5, 4: 5, 5: 4, 6: 2}
+    variants = {number: [row.variant for row in DIFFUSION.table(number).rows] for number in DIFFUSION.keys}
     assert variants[3][2] == variants[4][3] == variants[5][0]  # LDM, audio-visual, without contrastive loss
     assert variants[5][2] == variants[6][2] == variants[8][0] == FULL
-    assert [len(variants[number]) for number in (3, 4, 5, 6, 7, 8)] == [3, 4, 3, 4, 2, 2]
+    assert {number: len(rows) for number, rows in variants.items()} == {3: 3, 4: 4, 5: 3, 6: 4, 7: 2, 8: 2}
+    for paper, count in ((ECMVAE, 15), (DIFFUSION, 14)):
+        assert len(ablations._distinct({key: paper.table(key) for key in paper.keys})) == count
+
+
+TITLES = {
+    "ecmvae": [
+        "ECMVAE, Table 2: VAE and sound",
+        "ECMVAE, Table 3: factorised codes",
+        "ECMVAE, Table 4: divergence of the shared code",
+        "ECMVAE, Table 5: constraints",
+        "ECMVAE, Table 6: start",
+    ],
+    "diffusion": [
+        "Contrastive latent diffusion, Table III: latent diffusion",
+        "Contrastive latent diffusion, Table IV: condition of the denoiser, without L_contrastive",
+        "Contrastive latent diffusion, Table V: L_contrastive",
+        "Contrastive latent diffusion, Table VI: numbers in a code",
+        "Contrastive latent diffusion, Table VII: transformer decoder (AVSegFormer)",
+        "Contrastive latent diffusion, Table VIII: start",
+    ],
+}
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_tables_are_sweeps_that_run_on_real_shards_as_they_are(paper, ms3_shards):
+    tables = {key: PAPERS[paper].table(key) for key in PAPERS[paper].keys}
+    assert [table.title for table in tables.values()] == TITLES[paper]
+    for key, table in tables.items():
+        file = CONFIGS / "sweeps" / f"{paper}_table{key}.yaml"
+        words = ["--config", str(CONFIGS / f"{paper}_ms3.yaml"), "--data.shards", str(ms3_shards)]
+        plan = planned(file, *words)
+        assert (plan.sweep.scheduler.name, plan.sweep.samples, plan.objective) == ("none", 1, "miou")
+        assert plan.sweep.published == table.published == ("MS3 mIoU (%)",)
+        assert (
+            f"avs-dist sweep --config configs/{paper}_ms3.yaml --sweep configs/sweeps/{file.name} \\\n"
+            in file.read_text()
+        )
+        for row in table.rows:
+            start = ["--train.init_from", f"runs/{paper}_s4"] if row.variant == FROM_S4 else []
+            files = [word for path in row.config.configs for word in ("--config", path)]
+            alone = parse_config([*words[:2], *files, *words[2:], *start])
+            assert without_place(plan.bases[row.label]) == without_place(alone)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_what_starts_from_s4_says_how_that_is_trained(paper):
+    head = (CONFIGS / "sweeps" / f"{paper}_table{PAPERS[paper].keys[-1]}.yaml").read_text().replace(" \\\n#   ", "")
+    assert f"avs-dist train --config configs/{paper}_s4.yaml --data.shards shards/s4" in head
+    assert f"--train.out_dir runs/{paper}_s4\n" in head
 
 
 def test_the_toy_base_of_latent_diffusion_has_the_codes_of_the_paper_and_a_small_decoder():
@@ -220,49 +259,46 @@ def test_the_configs_of_the_papers_train_for_their_epochs(system, setting):
     assert transformer.model.neck.channels % transformer.model.decoder.heads == 0
 
 
-def finished(out: Path, variant: str, miou: float) -> None:
-    """What training and evaluation leave of a row."""
-    (out / variant).mkdir(parents=True)
+def measured(miou: float) -> tuple[dict, list]:
+    """What evaluation and training leave of a row."""
     test = {"results": {"real": {"miou": miou, "f_score": 0.25}}}
-    (out / variant / "test.json").write_text(json.dumps(test))
-    records = [{"phase": "train", "step": step, "seconds_per_step": s} for step, s in ((10, 9.0), (20, 0.5), (30, 0.4))]
-    lines = [json.dumps(record) for record in [*records, {"phase": "eval", "step": 30, "miou": 0.9}]]
-    (out / variant / "metrics.jsonl").write_text("\n".join(lines))
+    return test, [{"phase": "eval", "step": 30, "miou": 0.9}]
 
 
 def test_finished_rows_are_not_run_again_and_stand_in_every_table(tmp_path, capsys):
-    """All rows of tables 4 and 5 are there: the command only writes the tables."""
+    """All rows of tables 4 and 5 are there, in two sweeps: the command only writes the tables."""
     out = tmp_path / "out"
-    variants = dict.fromkeys(row.variant for number in (4, 5) for row in ECMVAE.tables[number].rows)
-    for index, variant in enumerate(variants):
-        finished(out, variant, index / 10)
+    variants = list(ablations._distinct({number: ECMVAE.table(number) for number in (4, 5)}))
+    done = {variant: measured(index / 10) for index, variant in enumerate(variants)}
+    swept(out / "tables_4", dict(list(done.items())[:5]))
+    swept(out / "tables_5_6", {**dict(list(done.items())[5:]), FULL: measured(0.99)})
     assert run("ablations", ["--tables", "5", "4", "--out", str(out), "--steps", "30", "--seed", "7"]) == 0
     text = (out / "ablations.md").read_text()
     assert text.startswith("Toy scale: ")
     assert "reported, not claimed" in text.splitlines()[0]
     assert "Paper: ECMVAE. Base of all rows: " in text
     assert text in capsys.readouterr().out
-    assert re.findall(r"^## Table (\d)", text, re.MULTILINE) == ["4", "5"]
+    assert re.findall(r"^## ECMVAE, Table (\d):", text, re.MULTILINE) == ["4", "5"]
     written = json.loads((out / "ablations.json").read_text())
     for number in ("4", "5"):
         for row in written["tables"][number]["rows"]:
-            assert row["miou"] == list(variants).index(row["variant"]) / 10
+            assert row["miou"] == variants.index(row["variant"]) / 10
             assert f"| {row['label']} | {row['miou']:.3f} | 0.250 | 2.00 | " in text
             assert f"`{row['command']}`" in text
     assert text.count("| 57.84 |") == 2
     assert "| JS, geometric (ours) | 0.400 | 0.250 | 2.00 | - |" in text
-    assert "mIoU and F are those of `avs-dist evaluate`; steps/s is a median." in text
-    assert "| row | toy mIoU | toy F | steps/s | paper's MS3 mIoU | command |" in text
+    assert "mIoU and F are those of `avs-dist evaluate`; steps/s is a median, of rows that train side by side." in text
+    assert "| row | toy mIoU | toy F | steps/s | paper's MS3 mIoU (%) | command |" in text
     assert not list(out.glob("clips*"))  # nothing was made
 
 
 def test_tables_of_latent_diffusion_have_roman_numbers_and_rows_that_are_run_once(tmp_path, capsys):
     out = tmp_path / "out"
-    for variant in ("table3_encoder_decoder", "table3_cvae", "table3_ldm", "table5_first_version", FULL):
-        finished(out, variant, 0.5)
+    variants = ("table3_encoder_decoder", "table3_cvae", "table3_ldm", "table5_first_version", FULL)
+    swept(out / "tables_3_5", {variant: measured(0.5) for variant in variants})
     assert run("ablations", ["--paper", "diffusion", "--tables", "3", "5", "--out", str(out)]) == 0
     text = (out / "ablations.md").read_text()
-    assert re.findall(r"^## (.*)", text, re.MULTILINE) == ["Table III: latent diffusion", "Table V: L_contrastive"]
+    assert re.findall(r"^## (.*)", text, re.MULTILINE) == [TITLES["diffusion"][0], TITLES["diffusion"][2]]
     assert [cells.split(" | ")[-2] for cells in text.splitlines() if cells.startswith("| second version")] == ["59.62"]
     assert text.count("--config configs/diffusion/table3_ldm.yaml") == 2
     assert text.count("| 57.67 |") == 2
@@ -279,32 +315,38 @@ def test_a_table_that_the_paper_does_not_have(paper, table, there, tmp_path, cap
     assert not out.exists()
 
 
-def test_the_command_of_a_row_is_the_command_that_ran(tmp_path):
-    files = ("configs/demo.yaml", "configs/demo_ecmvae.yaml")
-    plan = ablations.Plan("ecmvae", files, clips=20, size=64, steps=300, seed=7)
-    for variant, data in ((FULL, "ms3"), (S4, "s4"), (FROM_S4, "ms3"), ("table4_poe", "ms3")):
-        command = ablations._train_command(tmp_path, plan, variant, warmup=30)
-        config = parse_config(command[1:])
-        assert config.data.shards == str(tmp_path / f"shards_{data}")
-        assert (config.seed, config.train.max_steps, config.optim.warmup_steps) == (7, 300, 30)
-        assert config.train.out_dir == str(tmp_path / variant)
-        assert config.train.init_from == (str(tmp_path / "s4") if variant == FROM_S4 else None)
-        assert config.model.latent.joint == ("poe" if variant == "table4_poe" else "fused")
-
-
-def test_s4_is_trained_before_what_starts_from_it():
-    assert ablations._variants(ECMVAE, [6]) == [FULL, S4, FROM_S4]
-    assert ablations._variants(DIFFUSION, [8]) == [FULL, S4, FROM_S4]
-    for paper, count in ((ECMVAE, 16), (DIFFUSION, 15)):
-        every = ablations._variants(paper, list(paper.tables))
-        assert len(every) == len(set(every)) == count
+@pytest.mark.parametrize("paper", PAPERS)
+def test_one_sweep_trains_all_rows_as_their_commands_do(paper, ms3_shards, tmp_path):
+    """All but one, which another sweep has trained."""
+    out, paper = tmp_path / "out", PAPERS[paper]
+    plan = ablations.Plan(
+        paper.name, tuple(str(CONFIGS / name) for name in paper.base), clips=20, size=64, steps=300, seed=7
+    )
+    tables = {key: paper.table(key) for key in paper.keys}
+    swept(out / "tables_0", {FULL: measured(0.5)})
+    (out / "shards_ms3").symlink_to(ms3_shards)
+    values = ablations._values(plan)
+    assert values["optim.warmup_steps"] == 30
+    file = tmp_path / "rows.yaml"
+    file.write_text(yaml.safe_dump(ablations._sweep(out, paper, tables)))
+    own = ablations._words({"data.shards": out / "shards_ms3", **values})
+    sweep = planned(file, *ablations._config_words(plan), *own)
+    rows = ablations._distinct(tables)
+    assert (sweep.sweep.scheduler.name, sweep.sweep.resources.cpus) == ("none", 1)
+    assert set(sweep.bases) == set(rows) - {FULL}
+    for variant in sweep.bases:
+        command = ablations._train_command(out, plan, rows[variant], values)
+        alone = parse_config(command[1:])
+        assert without_place(sweep.bases[variant]) == without_place(alone)
+        assert (alone.seed, alone.train.max_steps, alone.train.eval_every) == (7, 300, 0)
+        assert (alone.data.shards, alone.train.out_dir) == (str(out / "shards_ms3"), str(out / variant))
+        assert alone.train.init_from == (str(out / "s4") if variant == FROM_S4 else None)
+        assert sweep.sweep.rows[variant].published == rows[variant].config.published
 
 
 def test_a_folder_belongs_to_one_plan(tmp_path, capsys):
     out = tmp_path / "out"
-    for row in ECMVAE.tables[6].rows:
-        finished(out, row.variant, 0.5)
-    finished(out, S4, 0.5)
+    swept(out / "tables_6", {FULL: measured(0.5), FROM_S4: measured(0.5)})
     words = ["--tables", "6", "--out", str(out)]
     assert run("ablations", words) == 0
     assert run("ablations", [*words, "--steps", "301"]) == 2
@@ -316,20 +358,28 @@ def test_a_folder_belongs_to_one_plan(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_trains_and_evaluates_and_goes_on_where_it_stopped(tmp_path, capfd):
+def test_the_command_trains_and_evaluates_and_goes_on_where_it_stopped(tmp_path, capfd, monkeypatch):
     """Table 6, as it takes every way: two settings, and weights that another training left."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "out"
     words = ["--quick", "--tables", "6", "--out", str(out)]
     assert run("ablations", words) == 0
     said = capfd.readouterr().out
+    assert [line.split()[2] for line in said.splitlines() if line.startswith("$ avs-dist")] == [
+        *("synth", "shards") * 2,
+        *("train", "sweep", "evaluate", "evaluate"),
+    ]
     rows = json.loads((out / "ablations.json").read_text())["tables"]["6"]["rows"]
     assert all(0 <= row["miou"] <= 1 and 0 <= row["f_score"] <= 1 for row in rows)
+    runs = ablations._runs(out)
     for row in rows:
-        assert f"$ {row['command']}\n" in said
-    (out / FROM_S4 / "test.json").unlink()  # as if it had been stopped during the evaluation
-    before = (out / FROM_S4 / "metrics.jsonl").read_text()
+        trained = from_dict(yaml.safe_load((runs[row["variant"]] / "config.yaml").read_text()))
+        assert without_place(trained) == without_place(parse_config(shlex.split(row["command"])[2:]))
+    assert trained.train.init_from == str(out / "s4")
+    (runs[FROM_S4] / "test.json").unlink()  # as if it had been stopped during the evaluation
+    before = (runs[FROM_S4] / "metrics.jsonl").read_text()
     assert run("ablations", words) == 0
     said = capfd.readouterr().out
-    assert said.count("$ avs-dist train") == 1
-    assert "resumed from" in said
-    assert (out / FROM_S4 / "metrics.jsonl").read_text() == before
+    assert said.count("$ avs-dist") == said.count("$ avs-dist evaluate") == 1
+    assert json.loads((out / "ablations.json").read_text())["tables"]["6"]["rows"] == rows
+    assert (runs[FROM_S4] / "metrics.jsonl").read_text() == before
