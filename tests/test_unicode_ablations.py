@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from ablation_runs import CONFIGS, composed, planned, rows_of, swept, without_place
 
-from avs_dist.config import Config, to_dict
+from avs_dist.config import flat, to_dict
 from avs_dist.launch import ablations
 from avs_dist.launch.ablation_tables import PAPERS, UNICODE
 from avs_dist.launch.ablation_tables.experiment import Plan
 from avs_dist.launch.ablation_tables.paper import FULL
+from avs_dist.launch.ablation_tables.writing import write_tables
 from avs_dist.launch.cli import run
 from avs_dist.launch.train import parse_config
 from avs_dist.systems import build_system
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BASES = ("unicode.yaml", "demo_unicode.yaml")
 FILES = sorted(path.stem for path in (CONFIGS / "unicode").glob("*.yaml"))
-VARIANTS = list(dict.fromkeys(row.variant for table in UNICODE.tables.values() for row in table.rows))
+VARIANTS = list(dict.fromkeys(row.variant for row in rows_of(UNICODE)))
 
 BOOK, LOSS = "model.unicode.codebook.", "loss.unicode."
 NO_CLUB, NO_CPC = {f"{LOSS}club": 0.0}, {f"{LOSS}cpc": 0.0}
@@ -64,22 +65,15 @@ PAPER = {
 }
 
 
-@functools.cache
-def composed(*names: str) -> Config:
-    return parse_config([word for name in names for word in ("--config", str(CONFIGS / name))])
-
-
-def flat(values: dict, path: str = "") -> dict:
-    found = {}
-    for key, value in values.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-    return found
+def files_of(variant: str) -> list[str]:
+    """Below configs/."""
+    return [] if variant == FULL else [f"unicode/{name}.yaml" for name in variant.split("+")]
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_is_the_base_with_what_its_row_says(base, variant):
-    before, after = (to_dict(composed(base, *files)) for files in ((), UNICODE.files(variant)))
+    before, after = (to_dict(composed(base, *files)) for files in ((), files_of(variant)))
     assert flat(after) == {**flat(before), **PAPER[variant][0]}
 
 
@@ -90,18 +84,50 @@ def test_every_file_is_part_of_a_row():
 
 
 def test_rows_that_stand_in_several_tables_are_one():
-    rows = {key: [row.variant for row in table.rows] for key, table in UNICODE.tables.items()}
-    assert [len(rows[key]) for key in (1, 2, 3, "fig3")] == [12, 8, 7, 5]
+    assert UNICODE.keys == [1, 2, 3, "fig3", "transfer"]
+    rows = {key: [row.variant for row in UNICODE.table(key).rows] for key in UNICODE.keys}
+    assert {key: len(variants) for key, variants in rows.items()} == {1: 12, 2: 8, 3: 7, "fig3": 5, "transfer": 4}
     assert rows[1][10] == rows[2][3] == "no_mm_ema"
     assert rows[1][-1] == rows[2][-1] == FULL
-    assert len(ablations._variants(UNICODE, list(UNICODE.tables))) == len(VARIANTS) == 30
+    assert rows["transfer"] == ["baseline", "no_cpc", "no_mm_ema", FULL]
+    assert len(ablations._distinct({key: UNICODE.table(key) for key in UNICODE.keys})) == len(VARIANTS) == 30
 
 
 def test_the_rows_quote_the_paper():
-    for table in UNICODE.tables.values():
-        for row in table.rows:
-            *_, v_to_a, a_to_v = PAPER[row.variant]
-            assert row.published == (None if v_to_a is None else (v_to_a, a_to_v)), row
+    for row in rows_of(UNICODE):
+        *_, v_to_a, a_to_v = PAPER[row.variant]
+        assert row.config.published == (() if v_to_a is None else (v_to_a, a_to_v)), row
+        assert row.config.settings == {}
+
+
+TITLES = {
+    1: "Uni-Code, Table 1: other methods",
+    2: "Uni-Code, Table 2: audio and visual, without",
+    3: "Uni-Code, Table 3: audio, visual and text, without",
+    "fig3": "Uni-Code, Fig. 3: size of the codebook (sizes of ours)",
+    "transfer": "Uni-Code, what transfers, of Tables 1 and 2",
+}
+
+
+@pytest.mark.parametrize("key", TITLES)
+def test_the_tables_are_sweeps_as_they_are(key, cmg_shards):
+    table, name = UNICODE.table(key), key if isinstance(key, str) else f"table{key}"
+    file = CONFIGS / "sweeps" / f"unicode_{name}.yaml"
+    head = file.read_text().replace("\\\n#", "")
+    words = ["--config", str(CONFIGS / "demo_unicode.yaml"), "--data.shards", str(cmg_shards)]
+    plan = planned(file, *words)
+    assert (plan.sweep.scheduler.name, plan.sweep.samples, plan.objective) == ("none", 1, "pairing")
+    assert plan.sweep.title == TITLES[key] == table.title
+    scores = ("AVE V->A (%)", "AVE A->V (%)")
+    assert plan.sweep.published == table.published == (() if key == "fig3" else scores)
+    for row in table.rows:
+        files = [word for path in row.config.configs for word in ("--config", path)]
+        assert without_place(plan.bases[row.label]) == without_place(parse_config([*words[:2], *files, *words[2:]]))
+    command = re.search(r"^# command: +avs-dist sweep (.*)$", head, re.MULTILINE)
+    assert command
+    assert f"--config configs/unicode.yaml --sweep configs/sweeps/{file.name} " in command[1]
+    # the scores it quotes are those of 40K
+    assert ("--train.max_steps 3000 --data.eval_split train" in command[1]) == (key != "fig3")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -123,7 +149,7 @@ def test_the_head_of_a_file_says_command_and_published_scores(name):
 @pytest.mark.parametrize("variant", [v for v in PAPER if v.startswith(("avt+", "no_mm_ema+")) or v == "no_club+no_cpc"])
 def test_the_scores_of_composed_rows_stand_in_one_of_their_files(variant):
     _, v24, a24, v40, a40 = PAPER[variant]
-    heads = "\n".join((CONFIGS / name).read_text() for name in UNICODE.files(variant))
+    heads = "\n".join((CONFIGS / name).read_text() for name in files_of(variant))
     assert f"{v40} / {a40} (40K)" in heads
     assert v24 is None or f"{v24} / {a24} (24K), {v40}" in heads
 
@@ -164,62 +190,63 @@ def test_the_public_code_has_its_weights_and_rules(base):
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "published_code", "avt+published_code"])
 def test_every_row_builds_at_toy_scale(variant):
-    build_system(composed("demo_unicode.yaml", *UNICODE.files(variant)), load_pretrained=False)
+    build_system(composed("demo_unicode.yaml", *files_of(variant)), load_pretrained=False)
 
 
 @pytest.mark.parametrize("variant", [FULL, "avt+published_code"])
 def test_the_published_size_builds(variant):
     with torch.device("meta"):
-        system = build_system(composed("unicode.yaml", *UNICODE.files(variant)), load_pretrained=False)
+        system = build_system(composed("unicode.yaml", *files_of(variant)), load_pretrained=False)
     assert sum(parameter.numel() for parameter in system.parameters()) > 50e6
 
 
-def finished(out: Path, variant: str, v_to_a: float) -> None:
-    """What training and `avs-dist downstream classify` leave of a row."""
-    (out / variant).mkdir(parents=True)
+def measured(v_to_a: float) -> tuple[dict, list]:
+    """What `avs-dist downstream classify` and the training leave of a row."""
     own = {"audio": {"audio": 0.75, "visual": 0.5}, "visual": {"audio": v_to_a, "visual": 1.0}}
     other = {"audio": {"audio": 0.0, "visual": 0.0}, "visual": {"audio": 0.0, "visual": 0.0}}
     results = [{"name": "accuracy_published", "scores": other}, {"name": "accuracy", "scores": own}]
-    (out / variant / "test.json").write_text(json.dumps({"results": results}))
-    train = [{"phase": "train", "step": step, "seconds_per_step": s} for step, s in ((10, 9.0), (20, 0.5), (30, 0.4))]
     codes = [{"phase": "eval", "step": 30, "codes/agreement": x, "codes/shared": x / 2} for x in (0.9, 0.5)]
-    (out / variant / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in [*train, *codes]))
+    return {"results": results}, codes
 
 
 def test_finished_rows_are_not_run_again_and_stand_in_every_table(tmp_path, capsys):
     out = tmp_path / "out"
-    rows = [*UNICODE.tables[2].rows, *UNICODE.tables["fig3"].rows]
-    for index, row in enumerate(rows):
-        finished(out, row.variant, index / 16)
+    rows = [*UNICODE.table(2).rows, *UNICODE.table("fig3").rows]
+    swept(out / "tables_2_fig3", {row.variant: measured(index / 16) for index, row in enumerate(rows)})
     words = ["--paper", "unicode", "--tables", "fig3", "2", "--out", str(out)]
     assert run("ablations", words) == 0
     text = (out / "ablations.md").read_text()
     assert text in capsys.readouterr().out
     assert text.startswith("Toy scale: 2000 synthetic clips of features, a tenth of them the test split, and 600 steps")
-    assert re.findall(r"^## (.*):", text, re.MULTILINE) == ["Table 2", "Fig. 3"]
+    assert re.findall(r"^## Uni-Code, (.*):", text, re.MULTILINE) == ["Table 2", "Fig. 3"]
     assert "| V->V | " not in text
-    assert (
-        "| row | toy V->A | toy A->V | toy V->V | toy A->A | same code | shared codes | steps/s | paper's AVE" in text
-    )
+    columns = "| row | toy V->A | toy A->V | toy V->V | toy A->A | same code | shared codes | steps/s | "
+    assert f"{columns}paper's AVE V->A (%) | paper's AVE A->V (%) | command |\n" in text
+    assert f"{columns}command |\n" in text  # of the figure the paper gives no scores
     assert "| CLUB | 0.000 | 0.500 | 1.000 | 0.750 | 50.0% | 25.0% | 2.00 | 37.2 | 40.3 | `avs-dist train " in text
-    assert "| L = 64 | 0.500 | 0.500 | 1.000 | 0.750 | 50.0% | 25.0% | 2.00 | - | - | `" in text
+    assert "| L = 64 | 0.500 | 0.500 | 1.000 | 0.750 | 50.0% | 25.0% | 2.00 | `avs-dist train " in text
     written = json.loads((out / "ablations.json").read_text())
     assert (written["paper"], written["size"], written["clips"], written["steps"]) == ("unicode", None, 2000, 600)
     row = written["tables"]["fig3"]["rows"][1]
-    assert (row["visual_to_audio"], row["shared"], row["published"]) == (9 / 16, 0.25, None)
+    assert (row["visual_to_audio"], row["shared"], row["published"]) == (9 / 16, 0.25, [])
     assert "--config configs/unicode/codes_128.yaml" in row["command"]
     assert not list(out.glob("clips*"))  # nothing was made
 
 
+PLAN = Plan("unicode", (str(CONFIGS / "demo_unicode.yaml"),), clips=20, size=None, steps=30, seed=7)
+
+
 def test_rows_that_are_not_done_are_dashes(tmp_path):
-    plan = Plan("unicode", ("configs/demo_unicode.yaml",), clips=20, size=None, steps=30, seed=7)
-    ablations._write(tmp_path, plan, [1], warmup=0)
-    assert "| S-MiT | - | - | - | - | - | - | - | 14.4 | 15.9 | `" in (tmp_path / "ablations.md").read_text()
+    tables = {1: UNICODE.table(1), 3: UNICODE.table(3)}
+    write_tables(tmp_path, PLAN, UNICODE, tables, {}, lambda row: row.variant)
+    text = (tmp_path / "ablations.md").read_text()
+    assert "| S-MiT | - | - | - | - | - | - | - | 14.4 | 15.9 | `baseline+smit` |" in text
+    assert "| nothing | - | - | - | - | - | - | - | - | - | `avt` |" in text
 
 
 def test_the_command_of_a_row_composes_its_files(tmp_path):
-    plan = Plan("unicode", ("configs/demo_unicode.yaml",), clips=20, size=None, steps=30, seed=7)
-    config = parse_config(ablations._train_command(tmp_path, plan, "avt+no_mm_ema+no_reset", warmup=0)[1:])
+    row = next(row for row in rows_of(UNICODE) if row.variant == "avt+no_mm_ema+no_reset")
+    config = parse_config(ablations._train_command(tmp_path, PLAN, row, ablations._values(PLAN))[1:])
     assert config.data.shards == str(tmp_path / "shards_cmg")
     assert config.model.unicode.modalities == ("audio", "visual", "text")
     assert (config.model.unicode.codebook.teacher, config.model.unicode.codebook.reset_after) == ("none", 0)
@@ -230,8 +257,8 @@ def test_the_command_of_a_row_composes_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tables", "5"], "--tables 5: of Uni-Code there are 1 to 3, transfer, fig3"),
-        (["--tables", "1", "fig4"], "--tables fig4: of Uni-Code there are 1 to 3, transfer, fig3"),
+        (["--tables", "5"], "--tables 5: of Uni-Code there are 1 to 3, fig3, transfer"),
+        (["--tables", "1", "fig4"], "--tables fig4: of Uni-Code there are 1 to 3, fig3, transfer"),
         (["--size", "64"], "--size 64: Uni-Code trains on features, which have no size in pixels"),
     ],
 )
@@ -249,24 +276,30 @@ def test_every_paper_can_be_asked_for(capsys):
 
 
 @pytest.mark.slow
-def test_a_row_is_trained_and_measured_and_the_tables_go_on_where_they_stopped(tmp_path, capfd):
+def test_a_row_is_trained_and_measured_and_the_tables_go_on_where_they_stopped(tmp_path, capfd, monkeypatch):
     """One row of Fig. 3; the others are there."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "out"
-    rows = UNICODE.tables["fig3"].rows
-    for row in rows[1:]:
-        finished(out, row.variant, 0.5)
+    rows = UNICODE.table("fig3").rows
+    swept(out / "tables_0", {row.variant: measured(0.5) for row in rows[1:]})
     words = ["--paper", "unicode", "--quick", "--tables", "fig3", "--out", str(out)]
     assert run("ablations", words) == 0
     said = capfd.readouterr().out
-    assert said.count("$ avs-dist train") == 1
+    assert said.count("$ avs-dist sweep") == said.count("$ avs-dist downstream classify") == 1
     found, *others = json.loads((out / "ablations.json").read_text())["tables"]["fig3"]["rows"]
-    assert f"$ {found['command']}\n" in said
-    measured = json.loads((out / rows[0].variant / "test.json").read_text())["results"][0]
-    assert measured["name"] == "accuracy"
-    assert found["visual_to_audio"] == measured["scores"]["visual"]["audio"]
-    assert found["audio_to_audio"] == measured["scores"]["audio"]["audio"]
+    place = out / "tables_fig3" / "trials" / "0000"
+    assert yaml.safe_load((place / "config.yaml").read_text())["model"]["unicode"]["codebook"]["num_codes"] == 64
+    measure = json.loads((place / "test.json").read_text())["results"][0]
+    assert measure["name"] == "accuracy"
+    assert found["visual_to_audio"] == measure["scores"]["visual"]["audio"]
+    assert found["audio_to_audio"] == measure["scores"]["audio"]["audio"]
     assert 0 <= found["agreement"] <= 1
     assert 0 <= found["shared"] <= 1
     assert [row["visual_to_audio"] for row in others] == [0.5] * 4
     assert run("ablations", words) == 0
     assert "$ avs-dist" not in capfd.readouterr().out
+    before = (place / "metrics.jsonl").read_text()
+    (out / "tables_fig3" / "trials.csv").unlink()  # as if it had been stopped before the sweep told that all is done
+    assert run("ablations", words) == 0
+    assert capfd.readouterr().out.count("$ avs-dist") == 1
+    assert (place / "metrics.jsonl").read_text() == before
