@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import queue
+import secrets
 import signal
 import sys
 import tempfile
@@ -47,6 +48,7 @@ from avs_dist.launch.cli import run
 from avs_dist.launch.sweeps import trial as running
 from avs_dist.launch.sweeps.board import Board
 from avs_dist.launch.sweeps.command import build_parser
+from avs_dist.launch.sweeps.joining import check_answers, why_not_joined
 from avs_dist.launch.sweeps.plan import Plan, claim, make_plan
 from avs_dist.launch.sweeps.recall import recall
 from avs_dist.launch.sweeps.settings import ResourcesConfig
@@ -66,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(words)
     plan = make_plan(parser, args, words)
-    claim(plan, args["resume"])
-    study = Study(plan.out, plan.sweep, plan.space, plan.objective, plan.fits)
     _start_ray(args["address"], plan.sweep.resources)
     try:
-        return _conduct(plan, study, Setup.of(plan, ray.cluster_resources()))
+        setup = Setup.of(plan, ray.cluster_resources())
+        claim(plan, args["resume"])  # not before, or what never began would have to be resumed
+        return _conduct(plan, Study(plan.out, plan.sweep, plan.space, plan.objective, plan.fits), setup)
     finally:
         ray.shutdown()
 
@@ -80,15 +82,22 @@ def _start_ray(address: str | None, resources: ResourcesConfig) -> None:
     # trials that have none would otherwise all take the first GPU
     hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if resources.gpus == 0 else None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": hidden}
-    if address:
-        ray.init(address, **options)
-        return
     warnings.filterwarnings("ignore", "Consider boosting PBT")  # by trials of one process after the other
     for warns in ("ray._private.authentication", "ray.tune.analysis"):  # that there is a token, and no logs of Tune's
         logging.getLogger(warns).setLevel(logging.ERROR)
+    if address:
+        check_answers(address)
+        ray_constants.NUM_REDIS_GET_RETRIES = 1  # each takes up to 40 s
+        try:
+            ray.init(address, **options)
+        except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+            raise RuntimeError(why_not_joined(address, error)) from error
+        return
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for its processes: a cluster of this host alone
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read that variable
-    ray.init(include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **options)
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would keep one in a file that all can read
+    # "local": not a cluster that happens to be here
+    ray.init("local", include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **options)
 
 
 def _conduct(plan: Plan, study: Study, setup: Setup) -> int:

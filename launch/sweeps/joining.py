@@ -1,0 +1,48 @@
+"""Joining a cluster: whether anything answers at its address, and what to do where it cannot be joined."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+_ANSWER_S = 10.0
+_PAGE = "launch/cluster/ray/README.md"
+
+
+def check_answers(address: str) -> None:
+    """Find out soon what Ray, which asks again and again, would tell after minutes.
+
+    Args:
+        address: host:port of the head, or "auto" for the cluster that this host belongs to.
+
+    Raises:
+        ValueError: it is no such address.
+        RuntimeError: nothing answers there.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ValueError(f"--address {address}: give HOST:PORT of the cluster's head, or auto on one of its hosts")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise RuntimeError(f"--address {address}: nothing answers there ({error}); is it up? {_PAGE}") from error
+
+
+def why_not_joined(address: str, error: BaseException) -> str:
+    """What Ray's error means, and the way out, in one line."""
+    text = str(error.__cause__ or error)
+    if "InvalidAuthToken" in text or "AUTH_TOKEN" in text:
+        given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
+        return (
+            f"--address {address}: not the token of the cluster (RAY_AUTH_MODE={os.environ.get('RAY_AUTH_MODE', '')}, "
+            f"a token by {given[0] if given else 'the home folder at best'}); set RAY_AUTH_MODE=token, and "
+            f"RAY_AUTH_TOKEN_PATH to the file of its token, without RAY_AUTH_TOKEN: {_PAGE}"
+        )
+    if "No node info found" in text:
+        return (
+            f"--address {address}: this host is not in that cluster; run the sweep on one that is, or add this one by "
+            f"ray start --address {address}: {_PAGE}"
+        )
+    return f"--address {address}: {text.strip().splitlines()[-1]} ({_PAGE})"
