@@ -42,9 +42,7 @@ def logged(run: Path, phase: str = "train") -> dict[int, dict[str, float]]:
 def test_fork_with_the_same_settings_is_the_same_run(whole: Path, cmg_shards: Path, tmp_path: Path) -> None:
     source = checkpoint.root(whole) / "step-000003"
     told = []
-    trainer.train(
-        config(cmg_shards, tmp_path, "--train.fork_from", str(source)), told=lambda *each: told.append(each)
-    )
+    trainer.train(config(cmg_shards, tmp_path, "--train.fork_from", str(source)), told=lambda *each: told.append(each))
     ours, theirs = (load_file(checkpoint.root(run) / "step-000006/model.safetensors") for run in (tmp_path, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     states = [sorted((checkpoint.root(run) / "step-000006/state").iterdir()) for run in (tmp_path, whole)]
@@ -60,7 +58,8 @@ def test_fork_takes_settings_of_its_own(whole: Path, cmg_shards: Path, tmp_path:
     source = checkpoint.root(whole) / "step-000003"
     fork = ("--train.fork_from", str(source), "--optim.lr", "2e-4", "--loss.unicode.cpc", "0.5")
     trainer.train(config(cmg_shards, tmp_path, *fork))
-    assert logged(tmp_path)[4]["lr"] == pytest.approx(2e-4) and logged(whole)[4]["lr"] == pytest.approx(1e-3)
+    assert logged(tmp_path)[4]["lr"] == pytest.approx(2e-4)
+    assert logged(whole)[4]["lr"] == pytest.approx(1e-3)
     assert logged(tmp_path)[4]["cpc"] == pytest.approx(0.5 * logged(whole)[4]["cpc"], rel=1e-5)
     # afterwards it goes on from its own checkpoints, and the other run may be gone
     told = []

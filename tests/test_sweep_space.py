@@ -47,7 +47,8 @@ def test_settings_have_a_key_only_where_its_condition_is_met() -> None:
     }  # fmt: skip
     trial = Fixed("adamw", batch=4)
     settings = draw(space, trial)
-    assert settings["optim.weight_decay"] == 0.0 and settings["optim.warmup_steps"] == 0
+    assert settings["optim.weight_decay"] == 0.0
+    assert settings["optim.warmup_steps"] == 0
     assert trial.asked == ["optim.lr 1e-05 0.001 True", "optim.weight_decay 0 0.1 False"]
 
 

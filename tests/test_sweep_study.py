@@ -76,7 +76,8 @@ def test_what_became_of_them(tmp_path: Path) -> None:
     there.failed(3, "it broke")
     found = study(tmp_path, samples=6).outcomes(active=[4])
     assert [each.state for each in found] == ["complete", "stopped", "out of memory", "failed", "running", "waiting"]
-    assert found[0].scores == ((10, 0.3), (20, 0.5), (30, 0.4)) and found[0].best == (20, 0.5)
+    assert found[0].scores == ((10, 0.3), (20, 0.5), (30, 0.4))
+    assert found[0].best == (20, 0.5)
     assert (found[0].seconds, found[0].starts, found[1].starts) == (15.0, 2, 1)
     assert [each.reason for each in found[2:4]] == ["no room", "it broke"]
     assert [draft.number for draft in rest(study(tmp_path, samples=6))] == [3, 4, 5]  # what failed is tried again
@@ -107,7 +108,8 @@ def test_waiting_trials_show_what_is_fixed(tmp_path: Path) -> None:
 
 def test_baseline_is_the_first_trial_and_has_no_settings(tmp_path: Path) -> None:
     there = study(tmp_path, baseline=True)
-    assert (first := there.next()) is not None and first.settings == {}
+    assert (first := there.next()) is not None
+    assert first.settings == {}
     assert [each.label for each in there.outcomes()] == [BASELINE, "", "", ""]
     assert [draft.number for draft in rest(study(tmp_path, baseline=True))] == [0, 1, 2, 3]
 
@@ -122,7 +124,8 @@ def test_settings_that_do_not_fit_are_told_and_replaced(tmp_path: Path) -> None:
     there = study(tmp_path, fits, samples=8, space=space)
     assert len(rest(there)) == 8
     invalid = [each for each in there.outcomes() if each.state == "invalid"]
-    assert invalid and all(each.reason == "offload needs a stage" for each in invalid)
+    assert invalid
+    assert all(each.reason == "offload needs a stage" for each in invalid)
     assert len(there.outcomes()) == 8 + len(invalid)
     assert len(rest(study(tmp_path, fits, samples=8, space=space))) == 8  # none more for those that were replaced
 

@@ -40,13 +40,17 @@ def test_first_start_and_restart_go_on_in_the_folder(tmp_path: Path) -> None:
         config = prepare(job(tmp_path), origin)
         assert (config.train.out_dir, config.train.resume) == (str(tmp_path / "0001"), True)
         assert (config.optim.lr, config.train.fork_from, config.train.init_from) == (1e-3, None, "runs/s4")
-    assert own.is_dir() and trial.settings_of(tmp_path / "0001") is None
+    assert own.is_dir()
+    assert trial.settings_of(tmp_path / "0001") == START
+    assert trial.settings_of(tmp_path) is None
 
 
 def test_fork_takes_the_state_of_the_other_and_new_settings(tmp_path: Path) -> None:
     other, own = checkpoint(tmp_path, 0, 10), checkpoint(tmp_path, 1, 5)
     config = prepare(job(tmp_path, **{"optim.lr": 2e-3}), str(other))
-    assert config.optim.lr == 2e-3 and config.train.init_from is None and not own.exists()
+    assert config.optim.lr == 2e-3
+    assert config.train.init_from is None
+    assert not own.exists()
     assert config.train.fork_from is not None
     copied = Path(config.train.fork_from)
     shutil.rmtree(other)  # its run has gone on
@@ -60,9 +64,12 @@ def test_restart_after_a_fork_does_not_fork_again(tmp_path: Path) -> None:
     prepare(job(tmp_path), str(other))
     own = checkpoint(tmp_path, 1, 15)  # not told yet when it was killed
     config = prepare(job(tmp_path), str(other))
-    assert own.is_dir() and len(trial.forks_of(tmp_path / "0001")) == 1 and config.train.fork_from is not None
+    assert own.is_dir()
+    assert len(trial.forks_of(tmp_path / "0001")) == 1
+    assert config.train.fork_from is not None
     prepare(job(tmp_path), None)  # a new start of the sweep knows of no origin
-    assert own.is_dir() and trial.settings_of(tmp_path / "0001") == START
+    assert own.is_dir()
+    assert trial.settings_of(tmp_path / "0001") == START
 
 
 def test_the_same_origin_again_is_meant_once_the_scheduler_heard_of_progress(tmp_path: Path) -> None:
@@ -71,7 +78,8 @@ def test_the_same_origin_again_is_meant_once_the_scheduler_heard_of_progress(tmp
     own = checkpoint(tmp_path, 1, 15)
     trial.reported(tmp_path / "0001")
     prepare(job(tmp_path, **{"optim.lr": 5e-4}), str(other))
-    assert not own.exists() and len(trial.forks_of(tmp_path / "0001")) == 2
+    assert not own.exists()
+    assert len(trial.forks_of(tmp_path / "0001")) == 2
     assert trial.settings_of(tmp_path / "0001") == {"optim.lr": 5e-4}
 
 
@@ -82,22 +90,36 @@ def test_killed_in_the_middle_of_a_fork(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     for name, module in (("write_text", trial), ("rmtree", shutil)):  # before and after it is written down
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patched:
             patched.setattr(module, name, killed)
-            prepare(job(tmp_path, **{"optim.lr": 2e-3}), str(other))
+            with pytest.raises(KeyboardInterrupt):
+                prepare(job(tmp_path, **{"optim.lr": 2e-3}), str(other))
         assert own.is_dir()
     config = prepare(job(tmp_path, **{"optim.lr": 2e-3}), str(other))
-    assert not own.exists() and config.train.fork_from is not None and config.optim.lr == 2e-3
+    assert not own.exists()
+    assert config.train.fork_from is not None
+    assert config.optim.lr == 2e-3
     assert len(trial.forks_of(tmp_path / "0001")) == 1
 
 
 def test_origin_that_was_removed_gives_way_to_the_newest_of_its_run(tmp_path: Path) -> None:
     checkpoint(tmp_path, 0, 20)
     config = prepare(job(tmp_path), str(tmp_path / "0000/checkpoints/step-000010"))
-    assert config.train.fork_from is not None and config.train.fork_from.endswith("step-000020")
+    assert config.train.fork_from is not None
+    assert config.train.fork_from.endswith("step-000020")
     assert trial.forks_of(tmp_path / "0001")[0].step == 20
     with pytest.raises(RuntimeError, match="no checkpoint to go on from"):
         prepare(job(tmp_path), str(tmp_path / "0002/checkpoints/step-000010"))
+
+
+def test_other_that_has_come_to_its_end_is_no_origin(tmp_path: Path) -> None:
+    prepare(job(tmp_path), None)
+    own, other = checkpoint(tmp_path, 1, 990), checkpoint(tmp_path, 0, Config().train.max_steps)
+    config = prepare(job(tmp_path, **{"optim.lr": 5e-4}), str(other))  # the settings it would have had
+    assert own.is_dir()
+    assert config.train.fork_from is None
+    assert trial.forks_of(tmp_path / "0001") == ()
+    assert config.optim.lr == START["optim.lr"]  # with which it has trained
 
 
 def test_copies_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,14 +128,18 @@ def test_copies_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("os.link", no_links)
     config = prepare(job(tmp_path), str(checkpoint(tmp_path, 0, 10)))
-    assert config.train.fork_from is not None and (Path(config.train.fork_from) / MANIFEST).is_file()
+    assert config.train.fork_from is not None
+    assert (Path(config.train.fork_from) / MANIFEST).is_file()
 
 
 @pytest.mark.parametrize(
     ("error", "noted"),
     [
         (MemoryError(), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried"),
+            True,
+        ),
         (RuntimeError("sizes differ"), False),
         (ValueError("can't allocate memory"), False),
     ],
@@ -142,7 +168,8 @@ except ValueError:
     log = tmp_path / "trials/log.txt"
     out = subprocess.run([sys.executable, "-c", program, log], capture_output=True, text=True, check=True)
     assert (out.stdout, out.stderr) == ("before\nafter\n", "")
-    assert log.read_text().startswith("within\n") and log.read_text().endswith("ValueError: broken\n")
+    assert log.read_text().startswith("within\n")
+    assert log.read_text().endswith("ValueError: broken\n")
 
 
 def test_settings_are_put_into_the_nested_config() -> None:

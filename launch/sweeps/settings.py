@@ -125,7 +125,7 @@ class SweepConfig:
         at_least("sweep.hours", self.hours, 0)
         at_least("sweep.seed", self.seed, 0)
         if not self.space and not self.rows:
-            raise ValueError("nothing to try: a sweep needs a space, or rows")
+            raise ValueError("nothing to try: a sweep needs a space, or rows (--sweep FILE)")
         if self.baseline and self.rows:
             raise ValueError("sweep.baseline: a table of rows has its own row for the config as it is")
         if self.scheduler.name == "pbt" and (self.rows or self.baseline or self.samples < 2):

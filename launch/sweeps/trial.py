@@ -44,7 +44,7 @@ class Job:
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """Those that the trial has since it was forked; None where it never was."""
+    """Its present ones; None where it never was started."""
     facts = _facts(folder)
     return facts["settings"] if facts else None
 
@@ -64,19 +64,16 @@ def prepare(job: Job, origin: str | None) -> Config:
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / OUT_OF_MEMORY).unlink(missing_ok=True)
-    settings = job.settings
-    facts = _facts(folder)
-    if origin and not Path(origin).is_relative_to(folder) and (facts is None or facts["origin"] != origin):
-        facts = _fork(folder, origin, settings)
-    if facts:
-        settings = facts["settings"]
-        if facts["pending"]:
-            shutil.rmtree(checkpoint.root(folder), ignore_errors=True)
-            _write_facts(folder, {**facts, "pending": False})
+    facts = _facts(folder) or {"settings": job.settings, "forks": [], "origin": "", "pending": False}
+    if origin and not Path(origin).is_relative_to(folder) and facts["origin"] != origin:
+        facts = _fork(job, facts, origin)
+    if facts["pending"]:
+        shutil.rmtree(checkpoint.root(folder), ignore_errors=True)
+    _write_facts(folder, {**facts, "pending": False})
     train = {"train.out_dir": str(folder), "train.resume": True}
-    if facts:
+    if facts["forks"]:
         train |= {"train.fork_from": str(_forked(folder)), "train.init_from": None}
-    return from_dict(merged(job.config, {**settings, **train}))
+    return from_dict(merged(job.config, {**facts["settings"], **train}))
 
 
 def reported(folder: Path) -> None:
@@ -138,37 +135,35 @@ def printing_to(path: Path) -> Iterator[None]:
             os.close(old)
 
 
-def _fork(folder: Path, origin: str, settings: dict[str, Any]) -> dict[str, Any]:
-    source = _copy_of(Path(origin), folder / "fork")
+def _fork(job: Job, facts: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Written down once the other's state is here; unchanged where the other has come to its end."""
+    folder, source = Path(job.folder), _whole(Path(origin))
     step = int(checkpoint.manifest(source)["step"])
-    other = int(Path(origin).parents[1].name)
-    forks = [*(_facts(folder) or {"forks": []})["forks"], {"step": step, "source": other, "settings": settings}]
-    facts = {"settings": settings, "forks": forks, "origin": origin, "pending": True}
+    if step >= merged(job.config, job.settings)["train"]["max_steps"]:
+        return facts
+    _copy(source, folder / "fork")
+    fork = {"step": step, "source": int(Path(origin).parents[1].name), "settings": job.settings}
+    facts = {"settings": job.settings, "forks": [*facts["forks"], fork], "origin": origin, "pending": True}
     _write_facts(folder, facts)
     return facts
 
 
-def _copy_of(origin: Path, place: Path) -> Path:
-    """A copy of a checkpoint that stays when the run it is of removes its own; by links where the disk has them.
+def _whole(origin: Path) -> Path:
+    """The checkpoint, or the newest of its run where that has removed it."""
+    there = [origin, *checkpoint.newest_first(origin.parent)]
+    source = next((each for each in there if (each / checkpoint.MANIFEST).is_file()), None)
+    if source is None:
+        raise RuntimeError(f"there is no checkpoint to go on from in {origin.parent}")
+    return source
 
-    The run may have removed it already: then its newest one.
-    """
-    for _ in range(10):
-        there = [origin, *checkpoint.newest_first(origin.parent)]
-        source = next((each for each in there if (each / checkpoint.MANIFEST).is_file()), None)
-        if source is None:
-            break
-        staged = place.with_name(".fork.partial")
-        for left_over in (staged, place):
-            shutil.rmtree(left_over, ignore_errors=True)
-        try:
-            shutil.copytree(source, staged / source.name, copy_function=_link)
-        except (shutil.Error, FileNotFoundError):
-            continue
-        if (staged / source.name / checkpoint.MANIFEST).is_file():
-            os.replace(staged, place)
-            return place / source.name
-    raise RuntimeError(f"there is no checkpoint to go on from in {origin.parent}")
+
+def _copy(source: Path, place: Path) -> None:
+    """A copy of a checkpoint that stays when the run it is of removes its own; by links where the disk has them."""
+    staged = place.with_name(".fork.partial")
+    for left_over in (staged, place):
+        shutil.rmtree(left_over, ignore_errors=True)
+    shutil.copytree(source, staged / source.name, copy_function=_link)  # an error where it is removed at this moment
+    os.replace(staged, place)
 
 
 def _link(source: str, target: str) -> None:
