@@ -101,9 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         write()
     print(f"\n{(out / 'ablations.md').read_text()}")
     print(f"took {time.monotonic() - started:.0f} s; written to {out / 'ablations.md'} and {out / 'ablations.json'}")
-    if failed := [variant for variant in rows if variant not in runs]:
-        place = _sweep_folder(out, tables)
-        raise RuntimeError(f"{', '.join(failed)}: not trained, see {place}/trials.csv; the same command tries again")
+    if lacking := [variant for variant in rows if variant not in runs]:
+        why = f"{_sweep_folder(out, tables) / 'trials.csv'} says why; the same command tries again what failed"
+        raise RuntimeError(f"{', '.join(lacking)}: not trained: {why}")
     return 0
 
 

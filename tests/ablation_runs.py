@@ -12,7 +12,7 @@ from avs_dist.config import Config, to_dict
 from avs_dist.launch.ablation_tables.paper import Paper, Row
 from avs_dist.launch.sweeps.command import build_parser
 from avs_dist.launch.sweeps.files import write_results
-from avs_dist.launch.sweeps.outcome import Outcome
+from avs_dist.launch.sweeps.outcome import Outcome, State
 from avs_dist.launch.sweeps.plan import Plan, make_plan
 from avs_dist.launch.sweeps.summary import Summary
 from avs_dist.launch.train import parse_config
@@ -48,11 +48,14 @@ def without_place(config: Config) -> dict[str, Any]:
     return {**values, "train": {**values["train"], "out_dir": "", "resume": False}}
 
 
-def swept(folder: Path, runs: Mapping[str, tuple[dict[str, Any], Sequence[dict[str, Any]]]]) -> None:
+def swept(
+    folder: Path, runs: Mapping[str, tuple[dict[str, Any], Sequence[dict[str, Any]]]], state: State = "complete"
+) -> None:
     """What a sweep leaves whose rows were trained and measured.
 
     Args:
         runs: of each row, what measured it wrote and the evaluations of its training.
+        state: of all its trials.
     """
     outcomes = []
     for number, (row, (measured, evaluations)) in enumerate(runs.items()):
@@ -60,6 +63,6 @@ def swept(folder: Path, runs: Mapping[str, tuple[dict[str, Any], Sequence[dict[s
         run.mkdir(parents=True)
         (run / "test.json").write_text(json.dumps(measured))
         (run / "metrics.jsonl").write_text("\n".join(json.dumps(record) for record in [*SPEEDS, *evaluations]))
-        outcomes.append(Outcome(number, "complete", {}, "max", run, label=row))
+        outcomes.append(Outcome(number, state, {}, "max", run, label=row))
     summary = Summary("", "miou", "max", "avs-dist sweep", "random", "none", "finished", started=0.0, ended=1.0)
     write_results(folder, summary, outcomes)

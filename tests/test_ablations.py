@@ -344,6 +344,12 @@ def test_one_sweep_trains_all_rows_as_their_commands_do(paper, ms3_shards, tmp_p
         assert sweep.sweep.rows[variant].published == rows[variant].config.published
 
 
+def test_only_rows_that_are_trained_to_the_end_are_measured(tmp_path):
+    swept(tmp_path / "tables_2", {FULL: measured(0.5), "table4_poe": measured(0.5)}, state="failed")
+    swept(tmp_path / "tables_4", {FULL: measured(0.5)})
+    assert ablations._runs(tmp_path) == {FULL: tmp_path / "tables_4" / "trials" / "0000"}
+
+
 def test_a_folder_belongs_to_one_plan(tmp_path, capsys):
     out = tmp_path / "out"
     swept(out / "tables_6", {FULL: measured(0.5), FROM_S4: measured(0.5)})
