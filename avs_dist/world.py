@@ -70,12 +70,13 @@ def _meet(backend: str, timeout_s: float) -> None:
 def _loopback_store(limit: timedelta) -> dist.TCPStore | None:
     """Where the ranks of one host meet that were told to by its loopback address; None for all others.
 
-    torch's own would listen on all addresses of the host, for everybody.
+    torch's own would listen on all addresses of the host, for everybody. What they send later stays there too.
     """
     if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost") or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         return None
     port, first = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
     listener = socket.create_server(("127.0.0.1", port)).detach() if first else None
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo would listen where the host's name leads to
     size = int(os.environ["WORLD_SIZE"])
     return dist.TCPStore("127.0.0.1", port, size, first, timeout=limit, master_listen_fd=listener)
 
