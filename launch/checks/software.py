@@ -15,7 +15,7 @@ from avs_dist.launch.checks.rows import FAIL, OK, WARN, Options, Row, one_line
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = "avs_dist"
 # told in the table, and compared between hosts
-MAIN_PACKAGES = ("torch", "deepspeed", "accelerate", "triton", "numpy", "transformers", "safetensors")
+MAIN_PACKAGES = ("torch", "deepspeed", "accelerate", "triton", "numpy", "transformers", "safetensors", "ray")
 TESTED_PYTHON = "3.11"
 
 
