@@ -101,6 +101,8 @@ class RunLog:
             self._write("eval", step, metrics)
             if codes:
                 self._write("codes", step, codes)
+            if self._board is not None:
+                self._try(self._board.flush)  # the process may be ended once this is known
             self._since = time.monotonic()
 
     def _write(self, phase: str, step: int, values: dict[str, Any]) -> None:

@@ -31,14 +31,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import ray
 from ray import PlacementGroupID, tune
 from ray._private import ray_constants
+from ray.tune import schedulers
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import (
-    ASHAScheduler,
-    FIFOScheduler,
-    MedianStoppingRule,
-    PopulationBasedTraining,
-    TrialScheduler,
-)
 from ray.tune.search.search_algorithm import SearchAlgorithm
 from ray.util import get_current_placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
@@ -55,12 +49,11 @@ from avs_dist.launch.sweeps.settings import ResourcesConfig
 from avs_dist.launch.sweeps.setup import Setup
 from avs_dist.launch.sweeps.space import Choice, Parameter, within
 from avs_dist.launch.sweeps.study import Draft, Study
-from avs_dist.launch.sweeps.watch import SECONDS, STEP, Watch
+from avs_dist.launch.sweeps.watch import STEP, Watch
 from avs_dist.shards.files import write_text
 
 CHECKPOINT = "checkpoint"  # in what a worker of Ray Train reports
 _PLACE = "placement_group.txt"  # in the folder of a trial: what its workers hold
-_WORST = 1e30  # in the place of a score that is not finite: a trial that diverged is the worst, for every scheduler
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,15 +94,16 @@ def _start_ray(address: str | None, resources: ResourcesConfig) -> None:
 
 
 def _conduct(plan: Plan, study: Study, setup: Setup) -> int:
-    def room() -> int:
-        return setup.room(plan, ray.cluster_resources())
-
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(room())
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(setup.room(plan, ray.cluster_resources()))
     board = Board(plan, study)
     tuner = tune.Tuner(
-        _resources(setup),
+        # for several workers Ray Train takes what they need, and the trial itself next to nothing
+        tune.with_resources(
+            tune.with_parameters(_trial, setup=setup),
+            setup.bundle() if setup.resources.workers == 1 else {"memory": 1e6},
+        ),
         tune_config=tune.TuneConfig(
-            search_alg=_Drafts(study, room),
+            search_alg=_Drafts(study, lambda: setup.room(plan, ray.cluster_resources())),
             scheduler=_scheduler(plan, study),
             num_samples=-1,  # until there are no more drafts
             time_budget_s=plan.sweep.hours * 3600 or None,
@@ -130,13 +124,6 @@ def _conduct(plan: Plan, study: Study, setup: Setup) -> int:
     return board.finish(out_of_time=bool(plan.sweep.hours) and board.seconds >= plan.sweep.hours * 3600)
 
 
-def _resources(setup: Setup) -> Any:
-    """The trial with what it takes; of several workers Ray Train takes it, and the trial itself next to nothing."""
-    if setup.resources.workers == 1:
-        return tune.with_resources(tune.with_parameters(_trial, setup=setup), setup.bundle())
-    return tune.with_resources(tune.with_parameters(_trial, setup=setup), {"memory": 1e6})
-
-
 def _trial(config: dict[str, Any], setup: Setup) -> None:
     """One start of a trial, in a process of its own."""
     os.chdir(setup.cwd)
@@ -145,7 +132,8 @@ def _trial(config: dict[str, Any], setup: Setup) -> None:
     with running.printing_to(folder / "log.txt"):
         origin = _pointed(tune.get_checkpoint())
         job = running.Job(draft.number, str(folder), setup.bases[draft.row], draft.settings)
-        training, teller = running.prepare(job, origin), _Teller(setup, folder)
+        training = running.prepare(job, origin)
+        teller = _Teller(setup, folder, training.train.max_steps)
         try:
             if setup.resources.workers == 1:
                 _train_alone(training, folder, teller)
@@ -154,7 +142,7 @@ def _trial(config: dict[str, Any], setup: Setup) -> None:
         except Exception:
             if not running.lack_of_memory(folder):
                 raise
-            tune.report({setup.objective: -setup.sign * _WORST, STEP: 0, SECONDS: 0.0})  # and no retry
+            tune.report(setup.result(0, {setup.objective: math.nan}, 0.0, 0))  # and no retry
 
 
 def _train_alone(training: Config, folder: Path, teller: _Teller) -> None:
@@ -248,12 +236,8 @@ def _rank(setting: dict[str, Any]) -> None:
     os.chdir(setting["cwd"])
     context = train.get_context()
     folder, rank = Path(setting["folder"]), context.get_world_rank()
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(context.get_world_size()),
-        "LOCAL_RANK": str(context.get_local_rank()),
-        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
-    }
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(context.get_world_size())}
+    os.environ |= {"LOCAL_RANK": str(context.get_local_rank()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size())}
 
     def told(step: int, metrics: dict[str, float], newest: Path | None) -> None:
         train.report({**metrics, STEP: step, CHECKPOINT: str(newest) if newest else None})
@@ -275,20 +259,12 @@ def _free(folder: Path) -> None:
 class _Teller:
     """Tells Tune of evaluations. A checkpoint of Tune's is the path of ours."""
 
-    def __init__(self, setup: Setup, folder: Path) -> None:
-        self._setup, self._folder, self._begun = setup, folder, time.monotonic()
+    def __init__(self, setup: Setup, folder: Path, max_steps: int) -> None:
+        self._setup, self._folder, self._max_steps = setup, folder, max_steps
+        self._begun = time.monotonic()
 
     def tell(self, step: int, metrics: dict[str, float], newest: Path | None) -> None:
-        objective = self._setup.objective
-        if objective not in metrics:
-            raise ValueError(f"sweep.objective={objective} is not measured; there are {', '.join(metrics)}")
-        score = metrics[objective]
-        told = {
-            **metrics,
-            objective: score if math.isfinite(score) else -self._setup.sign * _WORST,
-            STEP: step,
-            SECONDS: time.monotonic() - self._begun,
-        }
+        told = self._setup.result(step, metrics, time.monotonic() - self._begun, self._max_steps)
         with tempfile.TemporaryDirectory() as place:
             if newest is not None:
                 Path(place, "path.txt").write_text(str(newest.absolute()))
@@ -358,9 +334,7 @@ class _Watcher(_NotKept, tune.Callback):
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._watch.look([int(each.trial_id) for each in trials if each.status == Trial.RUNNING])
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, iteration: int, trials: Any, trial: Trial, result: dict[str, Any], **info: Any) -> None:
         self._watch.result(int(trial.trial_id), result)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -382,29 +356,32 @@ class _Watcher(_NotKept, tune.Callback):
         _free(self._setup.folder(int(trial.trial_id)))
 
 
-def _scheduler(plan: Plan, study: Study) -> TrialScheduler:
+def _scheduler(plan: Plan, study: Study) -> schedulers.TrialScheduler:
     """It knows what the trials of a sweep that is resumed have told before."""
     asked, objective, mode = plan.sweep.scheduler, plan.objective, plan.sweep.mode
     every = min(base.train.eval_every for base in plan.bases.values()) or 1
     common: dict[str, Any] = {"time_attr": STEP, "metric": objective, "mode": mode}
     if asked.name == "none":
-        return FIFOScheduler()
+        return schedulers.FIFOScheduler()
     if asked.name == "pbt":
-        return PopulationBasedTraining(
+        return schedulers.PopulationBasedTraining(
             **common,
             perturbation_interval=asked.interval_steps or every,
             hyperparam_mutations={"settings": {each.key: _domain(each) for each in plan.space}},
             quantile_fraction=asked.quantile,
             resample_probability=asked.resample,
             custom_explore_fn=lambda config: {**config, "settings": within(plan.space, config["settings"])},
+            synch=asked.synchronous,
             log_config=False,
         )
     begin = asked.grace_steps or every
     if asked.name == "median":
-        scheduler: TrialScheduler = MedianStoppingRule(**common, grace_period=begin, min_samples_required=3)
+        scheduler: schedulers.TrialScheduler = schedulers.MedianStoppingRule(
+            **common, grace_period=begin, min_samples_required=3
+        )
     else:
         most = max(base.train.max_steps for base in plan.bases.values())
-        scheduler = ASHAScheduler(**common, max_t=most, grace_period=begin, reduction_factor=asked.reduction)
+        scheduler = schedulers.ASHAScheduler(**common, max_t=most, grace_period=begin, reduction_factor=asked.reduction)
     recall(scheduler, study.outcomes(), objective)
     return scheduler
 

@@ -25,10 +25,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 24 clips of 32 x 32."""
+    """Shards of 40 clips of 32 x 32."""
     root = tmp_path_factory.mktemp("clips")
     size = ["--size", "32"]
-    assert synth.main(["--out", str(root / "clips"), "--setting", "ms3", "--clips", "24", "--seed", "1", *size]) == 0
+    assert synth.main(["--out", str(root / "clips"), "--setting", "ms3", "--clips", "40", "--seed", "1", *size]) == 0
     source = ["build", "--source", "avsbench-ms3", "--root", str(root / "clips"), "--out", str(root / "shards"), *size]
     assert shards.main(source) == 0
     return root / "shards"
@@ -76,8 +76,8 @@ class Sweep:
         records = map(json.loads, (self.trial(number) / "metrics.jsonl").read_text().splitlines())
         return [(record["step"], record["f_score"]) for record in records if record["phase"] == "eval"]
 
-    def saved(self, number: int, step: int) -> Callable[[], bool]:
-        return (self.trial(number) / f"checkpoints/step-{step:06d}/manifest.json").is_file
+    def saved(self, number: int) -> Callable[[], bool]:
+        return lambda: any(self.trial(number).glob("checkpoints/step-*/manifest.json"))
 
 
 def killed(started: psutil.Popen) -> None:
@@ -91,7 +91,8 @@ def killed(started: psutil.Popen) -> None:
 def until(condition: Callable[[], Any], sweep: Sweep, started: psutil.Popen) -> Any:
     end = time.monotonic() + DEADLINE_S
     while not (found := condition()):
-        assert time.monotonic() < end and started.poll() is None, sweep.told()[-5000:]
+        assert time.monotonic() < end, sweep.told()[-5000:]
+        assert started.poll() is None, sweep.told()[-5000:]
         time.sleep(0.05)
     return found
 
@@ -136,39 +137,40 @@ def test_halving_stops_bad_trials_and_beats_a_bad_config(clips: Path, tmp_path: 
 
 def test_population_changes_its_settings_and_improves(clips: Path, tmp_path: Path) -> None:
     space = {"optim.lr": "loguniform(1e-6, 1e-2)"}
-    steps = ("--train.max_steps", "30", "--train.eval_every", "10")
-    sweep = Sweep(clips, tmp_path / "sweep", {"samples": 4, "scheduler": {"name": "pbt"}, "space": space}, *steps)
+    steps = ("--train.max_steps", "30", "--train.eval_every", "15")
+    pbt = {"samples": 4, "scheduler": {"name": "pbt", "synchronous": True}, "space": space}
+    sweep = Sweep(clips, tmp_path / "sweep", pbt, *steps)
     rows = sweep.run()
     assert [row["state"] for row in rows] == 4 * ["complete"]
-    forked = [number for number in range(4) if (sweep.trial(number) / "trial.json").is_file()]
-    assert forked
-    for number in forked:
-        facts = json.loads((sweep.trial(number) / "trial.json").read_text())
-        fork, own = facts["forks"][-1], dict(sweep.evaluations(number))
+    forks = [json.loads((sweep.trial(number) / "trial.json").read_text())["forks"] for number in range(4)]
+    assert any(forks)
+    for number in (number for number in range(4) if forks[number]):
+        fork, own = forks[number][-1], dict(sweep.evaluations(number))
         source = dict(sweep.evaluations(fork["source"]))
-        assert own[fork["step"]] < source[fork["step"]]  # it was worse at the time
-        assert own[30] > own[fork["step"]]
+        assert fork["step"] == 15
+        assert own[15] < source[15]  # it was worse
+        assert own[30] > own[15]
         assert float(rows[number]["optim.lr"]) == fork["settings"]["optim.lr"]
         assert f"forked from {sweep.trial(number)}/fork/step-{fork['step']:06d}" in sweep.log(number)
         logged = [json.loads(line) for line in (sweep.trial(number) / "metrics.jsonl").read_text().splitlines()]
         rates = {record["step"]: record["lr"] for record in logged if record["phase"] == "train"}
         assert rates[fork["step"] + 1] == pytest.approx(fork["settings"]["optim.lr"])
-    first = max(dict(sweep.evaluations(number))[10] for number in range(4))
+    first = max(dict(sweep.evaluations(number))[15] for number in range(4))
     assert max(float(row["best"]) for row in rows) > first
 
 
 def test_killed_trial_and_killed_sweep_go_on_where_they_were(clips: Path, tmp_path: Path) -> None:
     space = {"model.neck.channels": "grid(32, 3000000)", "optim.lr": "grid(1e-3, 1e-4)"}
-    steps = ("--train.max_steps", "30", "--train.eval_every", "10")
+    steps = ("--train.max_steps", "60", "--train.eval_every", "10")
     sweep = Sweep(clips, tmp_path / "sweep", {"scheduler": {"name": "none"}, "space": space}, *steps)
     started = sweep.start()
     try:
-        until(sweep.saved(0, 10), sweep, started)
+        until(sweep.saved(0), sweep, started)
         trial = writes(started, sweep.trial(0) / "log.txt")
         assert trial is not None
         trial.kill()
         until(lambda: "resumed from" in sweep.log(0), sweep, started)
-        until(sweep.saved(1, 10), sweep, started)
+        until(sweep.saved(1), sweep, started)
         ranks = [each for number in (0, 1) if (each := writes(started, sweep.trial(number) / "log.txt"))]
         started.kill()
         started.wait()
@@ -182,16 +184,16 @@ def test_killed_trial_and_killed_sweep_go_on_where_they_were(clips: Path, tmp_pa
     assert int(rows[0]["starts"]) >= 2
     assert int(rows[1]["starts"]) >= 1
     for number in (0, 1):
-        assert [step for step, _ in sweep.evaluations(number)] == [10, 20, 30]
+        assert [step for step, _ in sweep.evaluations(number)] == list(range(10, 61, 10))
         assert sweep.log(number).count("from step 0") == 1  # never twice
 
 
 def test_two_workers_train_a_trial_and_survive_the_loss_of_one(clips: Path, tmp_path: Path) -> None:
     alone = {"resources": {"workers": 2}, "space": {"optim.lr": "choice(1e-3)"}, "scheduler": {"name": "none"}}
-    sweep = Sweep(clips, tmp_path / "sweep", alone, "--train.max_steps", "20", "--train.eval_every", "10")
+    sweep = Sweep(clips, tmp_path / "sweep", alone, "--train.max_steps", "40", "--train.eval_every", "10")
     started = sweep.start()
     try:
-        until(sweep.saved(0, 10), sweep, started)
+        until(sweep.saved(0), sweep, started)
         rank = writes(started, sweep.trial(0) / "log-1.txt")
         assert rank is not None
         rank.kill()
@@ -200,7 +202,7 @@ def test_two_workers_train_a_trial_and_survive_the_loss_of_one(clips: Path, tmp_
         killed(started)
     with open(sweep.out / "trials.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (row["state"], row["last_step"], row["starts"]) == ("complete", "20", "2")
+    assert (row["state"], row["last_step"], row["starts"]) == ("complete", "40", "2")
     assert "engine=DeepSpeedEngine zero_stage=1 world_size=2" in sweep.log(0, "log-0.txt")
     assert "resumed from" in sweep.log(0, "log-0.txt")
-    assert [step for step, _ in sweep.evaluations(0)] == [10, 20]
+    assert [step for step, _ in sweep.evaluations(0)] == [10, 20, 30, 40]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from avs_dist.checkpoint import MANIFEST
 from avs_dist.config import Config, to_dict
@@ -140,7 +141,9 @@ def test_copies_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.
             RuntimeError("[enforce fail at alloc_cpu.cpp:128] DefaultCPUAllocator: can't allocate memory: you tried"),
             True,
         ),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
         (RuntimeError("sizes differ"), False),
+        (NotImplementedError("a kind of RuntimeError"), False),
         (ValueError("can't allocate memory"), False),
     ],
 )

@@ -100,10 +100,10 @@ class Board:
             if each.state in ENDED and each.number not in self._told:
                 self._told[each.number] = each.state
                 write_hparams(each, self._plan.objective)
-                score = f"{self._plan.objective} {each.best[1]:.4f}, " if each.best else ""
-                why = f": {each.reason}" if each.reason else ""
                 place = f"trial {each.number:04d} {each.label}".strip()
-                self._print(f"{place} {each.state} at step {each.step}: {score}{_shown(each.settings)}{why}")
+                score = f"{self._plan.objective} {each.best[1]:.4f}" if each.best else ""
+                told = ", ".join(filter(None, (score, _shown(each.settings), each.reason)))
+                self._print(f"{place} {each.state} at step {each.step}: {told}")
 
     def _write(self, outcomes: list[Outcome], state: Literal["running", "finished", "interrupted"]) -> None:
         plan = self._plan

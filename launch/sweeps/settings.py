@@ -19,6 +19,8 @@ class SchedulerConfig:
         grace_steps: Steps that every trial makes before it can be stopped; 0: until its first evaluation.
         reduction: At each level asha lets the best 1/reduction go on; levels are reduction times as far apart.
         interval_steps: Steps between the decisions of pbt; 0: at every evaluation.
+        synchronous: pbt decides when all trials have come to the interval, not when each does: it compares equal
+            steps, but they wait for each other.
         quantile: Share of the trials that pbt counts as bad, and as good.
         resample: How often pbt draws a setting anew, instead of changing it by a factor of 0.8 or 1.2.
     """
@@ -27,6 +29,7 @@ class SchedulerConfig:
     grace_steps: int = 0
     reduction: float = 4
     interval_steps: int = 0
+    synchronous: bool = False
     quantile: float = 0.25
     resample: float = 0.25
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Any
 from avs_dist.config import to_dict
 from avs_dist.launch.sweeps.plan import Plan
 from avs_dist.launch.sweeps.settings import ResourcesConfig
+from avs_dist.launch.sweeps.watch import SECONDS, STEP
+
+_WORST = 1e30  # in the place of a score that is not finite: a trial that diverged is the worst, for every scheduler
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,23 @@ class Setup:
                 "or are allowed: use fewer samples, or single workers, which can take turns"
             )
         return samples
+
+    def result(self, step: int, metrics: Mapping[str, float], seconds: float, max_steps: int) -> dict[str, Any]:
+        """What a trial reports to Tune of an evaluation.
+
+        Raises:
+            ValueError: the objective is not among its metrics.
+        """
+        if self.objective not in metrics:
+            raise ValueError(f"sweep.objective={self.objective} is not measured; there are {', '.join(metrics)}")
+        score = metrics[self.objective]
+        return {
+            **metrics,
+            self.objective: score if math.isfinite(score) else -self.sign * _WORST,
+            STEP: step,
+            SECONDS: seconds,
+            "done": step >= max_steps,  # for Tune: not to be paused, or forked, at its end
+        }
 
     def folder(self, number: int) -> Path:
         return Path(self.out, "trials", f"{number:04d}")

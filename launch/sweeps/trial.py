@@ -102,11 +102,11 @@ def memory_noted(folder: Path) -> Iterator[None]:
 
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         text = str(error)
-        if type(error) is RuntimeError and "can't allocate memory" not in text:  # which torch says of the CPU's
-            raise
-        write_text(folder / OUT_OF_MEMORY, f"{type(error).__name__}: {text.splitlines()[0] if text else ''}\n")
+        # what torch says of a GPU, and of the host
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+            write_text(folder / OUT_OF_MEMORY, f"{type(error).__name__}: {text.splitlines()[0] if text else ''}\n")
         raise
 
 
