@@ -259,8 +259,8 @@ class TrainConfig:
         log_every: Steps between log lines.
         resume: Continue from the last checkpoint in out_dir.
         init_from: Start from the weights of this checkpoint or run of the same model (MS3 from S4).
-        fork_from: Go on from all that this checkpoint or run of the same model and data has (optimiser, step, place in the
-            data) with the settings given here.
+        fork_from: Go on from all that this checkpoint or run of the same model and data has (optimiser, step, place in
+            the data) with the settings given here.
         max_nonfinite: Steps in a row whose loss or gradient may be NaN or infinite: all ranks skip such a step as if it
             had not been; with more the run stops.
     """
