@@ -166,7 +166,8 @@ def test_cluster_that_cannot_be_joined_is_told_in_one_line(head: Head, ms3_shard
         *before, line = told[name].splitlines()
         assert line.startswith(f"avs-dist sweep: failed: --address {address}: "), told[name]
         assert expected in line
-        assert all("gcs_client.cc" in other for other in before), told[name]  # Ray's own word
+        assert len(before) <= 1, told[name]  # Ray's own word, of its only try
+        assert all("gcs_client.cc" in other for other in before), told[name]
         assert started[name].returncode == 1
         assert not (tmp_path / name).exists()  # the next try needs no --resume
 
@@ -242,7 +243,6 @@ def test_slurm_job_starts_a_cluster_and_goes_back_into_the_queue(
         job.send_signal(signal.SIGTERM)  # --signal=B:TERM@300
     told, _ = job.communicate(timeout=60)
     assert job.returncode == code, told
-    assert "another" not in {text for name in ("node-0", "node-1", "sweep") for text in (folder / name).read_text()}
     start = "-m ray.scripts.scripts start --block --disable-usage-stats --num-cpus 3 --num-gpus 4"
     given = {
         "node-0": f"{start} --head --port 24712 --ray-client-server-port 34712 --include-dashboard false",
@@ -279,6 +279,8 @@ def test_manifest_is_a_sweep_that_can_be_taken_up() -> None:
     args = parser.parse_args(words[2:])
     values = parser.instantiate_classes(args)
     assert (args["address"], args["resume"]) == ("auto", True)
+    mounted = [path for word in words for path in re.findall(r"(?:^|=)(/\w+)/", word) if str(ROOT) not in word]
+    assert set(mounted) == set(places[0])
     assert str(args["out"]).startswith("/runs/")
     config = Config(**{name: values[name] for name in Config.__dataclass_fields__})
     assert 0 < config.train.eval_every < config.train.max_steps

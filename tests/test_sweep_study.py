@@ -80,7 +80,9 @@ def test_what_became_of_them(tmp_path: Path) -> None:
     assert found[0].best == (20, 0.5)
     assert (found[0].seconds, found[0].starts, found[1].starts) == (15.0, 2, 1)
     assert [each.reason for each in found[2:4]] == ["no room", "it broke"]
-    assert [draft.number for draft in rest(study(tmp_path, samples=6))] == [3, 4, 5]  # what failed is tried again
+    again = study(tmp_path, samples=6)
+    assert [draft.number for draft in rest(again)] == [3, 4, 5]  # what failed is tried again
+    assert [each.state for each in again.outcomes(active=[3])][3:] == ["running", "waiting", "waiting"]
 
 
 def test_lowest_counts_where_scores_should_be_low(tmp_path: Path) -> None:
@@ -128,6 +130,7 @@ def test_settings_that_do_not_fit_are_told_and_replaced(tmp_path: Path) -> None:
     assert all(each.reason == "offload needs a stage" for each in invalid)
     assert len(there.outcomes()) == 8 + len(invalid)
     assert len(rest(study(tmp_path, fits, samples=8, space=space))) == 8  # none more for those that were replaced
+    assert len(rest(study(tmp_path, fits, samples=10, space=space))) == 10
 
 
 def test_space_without_settings_that_fit_is_refused(tmp_path: Path) -> None:
