@@ -76,7 +76,8 @@ def _start_ray(address: str | None, resources: ResourcesConfig) -> None:
     hidden = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}} if resources.gpus == 0 else None
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning", "runtime_env": hidden}
     warnings.filterwarnings("ignore", "Consider boosting PBT")  # by trials of one process after the other
-    for warns in ("ray._private.authentication", "ray.tune.analysis"):  # that there is a token, and no logs of Tune's
+    # that there is a token, that Tune has no logs of its own, how Tune would resume
+    for warns in ("ray._private.authentication", "ray.tune.analysis", "ray.tune.tune"):
         logging.getLogger(warns).setLevel(logging.ERROR)
     if address:
         check_answers(address)
@@ -86,8 +87,7 @@ def _start_ray(address: str | None, resources: ResourcesConfig) -> None:
         except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
             raise RuntimeError(why_not_joined(address, error)) from error
         return
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for its processes: a cluster of this host alone
-    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read that variable
+    ray_constants.ENABLE_RAY_CLUSTER = False  # a cluster of this host alone
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would keep one in a file that all can read
     # "local": not a cluster that happens to be here
     ray.init("local", include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **options)
