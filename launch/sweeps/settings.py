@@ -102,7 +102,7 @@ class SweepConfig:
         retries: How often a trial is started again after a fault, from its last checkpoint.
         scheduler: Which trials go on.
         resources: What a trial takes.
-        space: What is tried of which config key, see below.
+        space: What is tried of which config key, see above.
         rows: The rows of a table, by name; each is a trial.
         published: Headings of the paper's scores.
     """
