@@ -59,7 +59,7 @@ def _meet(backend: str, timeout_s: float) -> None:
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         else:
             dist.init_process_group(backend, timeout=limit)
-    except RuntimeError as error:  # gloo raises plain ones
+    except (RuntimeError, OSError) as error:  # gloo raises plain ones; the port may be taken
         where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise RuntimeError(
             f"rank {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} has not met all others at {where} ({error}): "

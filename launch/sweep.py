@@ -42,8 +42,8 @@ from avs_dist.launch.cli import run
 from avs_dist.launch.sweeps import trial as running
 from avs_dist.launch.sweeps.board import Board
 from avs_dist.launch.sweeps.command import build_parser
-from avs_dist.launch.sweeps.joining import check_answers, why_not_joined
-from avs_dist.launch.sweeps.plan import Plan, claim, make_plan
+from avs_dist.launch.sweeps.joining import check_answers, other_group, why_not_joined
+from avs_dist.launch.sweeps.plan import Plan, claimed, make_plan
 from avs_dist.launch.sweeps.recall import recall
 from avs_dist.launch.sweeps.settings import ResourcesConfig
 from avs_dist.launch.sweeps.setup import Setup
@@ -61,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(words)
     plan = make_plan(parser, args, words)
-    _start_ray(args["address"], plan.sweep.resources)
     try:
+        _start_ray(args["address"], plan.sweep.resources)
         setup = Setup.of(plan, ray.cluster_resources())
-        claim(plan, args["resume"])  # not before, or what never began would have to be resumed
-        return _conduct(plan, Study(plan.out, plan.sweep, plan.space, plan.objective, plan.fits), setup)
+        with claimed(plan, args["resume"]):  # not before, or what never began would have to be resumed
+            return _conduct(plan, Study(plan.out, plan.sweep, plan.space, plan.objective, plan.fits), setup)
     finally:
         ray.shutdown()
 
@@ -89,8 +89,8 @@ def _start_ray(address: str | None, resources: ResourcesConfig) -> None:
         return
     ray_constants.ENABLE_RAY_CLUSTER = False  # a cluster of this host alone
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray would keep one in a file that all can read
-    # "local": not a cluster that happens to be here
-    ray.init("local", include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **options)
+    with other_group():  # "local": not a cluster that happens to be here
+        ray.init("local", include_dashboard=False, num_cpus=len(os.sched_getaffinity(0)), **options)
 
 
 def _conduct(plan: Plan, study: Study, setup: Setup) -> int:
@@ -135,21 +135,19 @@ def _trial(config: dict[str, Any], setup: Setup) -> None:
         training = running.prepare(job, origin)
         teller = _Teller(setup, folder, training.train.max_steps)
         try:
-            if setup.resources.workers == 1:
-                _train_alone(training, folder, teller)
-            else:
-                _train_together(training, folder, teller, setup)
+            with running.noted(folder):
+                train = _train_alone if setup.resources.workers == 1 else _train_together
+                train(training, folder, teller, setup)
         except Exception:
-            if not running.lack_of_memory(folder):
+            if not any(running.told(folder, note) for note in (running.OUT_OF_MEMORY, running.REFUSED)):
                 raise
             tune.report(setup.result(0, {setup.objective: math.nan}, 0.0, 0))  # and no retry
 
 
-def _train_alone(training: Config, folder: Path, teller: _Teller) -> None:
+def _train_alone(training: Config, folder: Path, teller: _Teller, setup: Setup) -> None:
     from avs_dist.trainer import train
 
-    with running.memory_noted(folder):
-        train(training, told=teller.tell)
+    train(training, told=teller.tell)
 
 
 def _train_together(training: Config, folder: Path, teller: _Teller, setup: Setup) -> None:
@@ -245,7 +243,7 @@ def _rank(setting: dict[str, Any]) -> None:
     place = get_current_placement_group()
     if rank == 0 and place is not None:
         write_text(folder / _PLACE, place.id.hex())
-    with running.printing_to(folder / f"log-{rank}.txt"), running.memory_noted(folder):
+    with running.printing_to(folder / f"log-{rank}.txt"), running.noted(folder):
         train_rank(from_dict(setting["config"]), told=told)
 
 

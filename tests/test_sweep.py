@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ class Sweep:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.out.with_suffix(".log"), "a") as log:
             command = [sys.executable, "-m", "avs_dist.launch.cli", "sweep", *self._words, *more]
-            return psutil.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+            return psutil.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True)
 
     def run(self, *more: str) -> list[dict[str, str]]:
         """To its end; the rows of trials.csv."""
@@ -175,6 +176,14 @@ def test_killed_trial_and_killed_sweep_go_on_where_they_were(clips: Path, tmp_pa
         started.kill()
         started.wait()
         psutil.wait_procs(ranks, DEADLINE_S)  # they end with it
+    finally:
+        killed(started)
+    started = sweep.start("--resume")  # and is told to end, as batch systems do, all of its group
+    try:
+        until(lambda: sweep.log(1).count("resumed from") or sweep.log(0).count("resumed from") > 1, sweep, started)
+        os.killpg(started.pid, signal.SIGTERM)
+        assert started.wait(60) == 75
+        assert "go on with --resume" in sweep.told()
     finally:
         killed(started)
     rows = sweep.run("--resume")

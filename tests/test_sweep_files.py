@@ -141,3 +141,10 @@ def test_tensorboard_gets_no_run_of_a_trial_that_never_started(tmp_path: Path) -
     unscored = outcome(tmp_path, 1, ())
     write_hparams(unscored, "miou")
     assert list((unscored.folder / "tensorboard").iterdir())
+
+
+def test_best_of_forks_begins_anew_where_the_sweep_did(tmp_path: Path) -> None:
+    forked = outcome(tmp_path, 0, ((10, 0.5), (20, 0.6)), forks=(Fork(10, 1, {"optim.lr": 2e-4}),))
+    write_results(tmp_path, replace(SWEEP, init_from="runs/s4"), [forked])
+    config = parse_config(["--config", str(tmp_path / "best.yaml")])
+    assert (config.train.init_from, config.train.fork_from) == ("runs/s4", None)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from avs_dist.launch.sweeps.command import build_parser
-from avs_dist.launch.sweeps.plan import Plan, claim, make_plan
+from avs_dist.launch.sweeps.plan import Plan, claimed, make_plan
 from avs_dist.launch.sweeps.setup import Setup
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +66,12 @@ def test_rows_are_laid_over_the_config(plan: Any, tmp_path: Path) -> None:
          "cannot change within a training"),
         ({"space": {"optim.lr": "grid(1, 2)"}, "samples": 4, "scheduler": {"name": "pbt"}}, (), "no grid"),
         ({"space": LR}, ("--data.shards", "gone"), "gone"),
+        ({"space": {"data.shards": "choice(gone)"}}, (), "gone"),
+        ({"space": {"engine.zero_stage": "grid(0, 1)", "engine.offload": "grid(none, optimizer)"}}, (),
+         "engine.offload=optimizer needs"),
+        ({"space": {"train.max_steps": "grid(10, 20)"}}, (), "asha compares trials of the same length"),
+        ({"space": LR, "scheduler": {"grace_steps": 11}}, (), "grace_steps=11: more than train.max_steps=10"),
+        ({"rows": {"a": {"settings": {"train.eval_every": 0}}}}, (), "asha compares trials while they train"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_first_trial(
@@ -100,21 +106,25 @@ def test_values_of_the_wrong_type_are_named(
 
 def test_folder_belongs_to_one_sweep(plan: Any, tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "out"))
-    claim(plan({"space": LR, "samples": 4}, *out), resume=False)
-    claim(plan({"space": LR, "samples": 6, "retries": 5}, *out), resume=True)  # more of it
+
+    def take(sweep: dict[str, Any], *more: str, resume: bool = True) -> None:
+        with claimed(plan(sweep, *out, *more), resume):
+            pass
+
+    take({"space": LR, "samples": 4}, resume=False)
+    take({"space": LR, "samples": 6, "retries": 5, "objective": "f_score"})  # more of it
     for resume, other, message in (
         (False, {"space": LR, "samples": 6}, "go on with it by --resume"),
-        (
-            True,
-            {"space": {"optim.lr": "loguniform(1e-5, 1e-2)"}, "samples": 6},
-            "a sweep of other settings .sweep.space",
-        ),
+        (True, {"space": {"optim.lr": "uniform(0, 1)"}, "samples": 6}, "a sweep of other settings .sweep.space"),
         (True, {"space": LR, "samples": 5}, "the sweep has 6 already"),
     ):
         with pytest.raises(ValueError, match=message):
-            claim(plan(other, *out), resume=resume)
+            take(other, resume=resume)
     with pytest.raises(ValueError, match=r"optim\.clip_norm 1\.0 there, 2\.0 here"):
-        claim(plan({"space": LR, "samples": 6}, *out, "--optim.clip_norm", "2"), resume=True)
+        take({"space": LR, "samples": 6}, "--optim.clip_norm", "2")
+    mine = plan({"space": LR, "samples": 6}, *out)
+    with claimed(mine, resume=True), pytest.raises(RuntimeError, match="a sweep is running there"):
+        take({"space": LR, "samples": 6})
 
 
 def test_trials_take_turns_where_they_do_not_fit_together(plan: Any) -> None:

@@ -103,6 +103,26 @@ def test_killed_in_the_middle_of_a_fork(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(trial.forks_of(tmp_path / "0001")) == 1
 
 
+def test_killed_while_the_state_of_another_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(job(tmp_path, **{"optim.lr": 2e-3}), str(checkpoint(tmp_path, 0, 10)))
+    trial.reported(tmp_path / "0001")
+
+    def killed(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copytree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(job(tmp_path, **{"optim.lr": 3e-3}), str(checkpoint(tmp_path, 0, 20)))
+    config = prepare(job(tmp_path), None)  # as a sweep that is resumed does
+    assert config.optim.lr == 2e-3
+    assert config.train.fork_from is not None
+    assert config.train.fork_from.endswith("fork-1/step-000010")
+    assert (Path(config.train.fork_from) / MANIFEST).is_file()
+    prepare(job(tmp_path, **{"optim.lr": 3e-3}), str(tmp_path / "0000/checkpoints/step-000020"))
+    assert [path.name for path in sorted((tmp_path / "0001").glob("fork-*"))] == ["fork-2"]
+
+
 def test_origin_that_was_removed_gives_way_to_the_newest_of_its_run(tmp_path: Path) -> None:
     checkpoint(tmp_path, 0, 20)
     config = prepare(job(tmp_path), str(tmp_path / "0000/checkpoints/step-000010"))
@@ -145,14 +165,23 @@ def test_copies_where_the_disk_has_no_links(tmp_path: Path, monkeypatch: pytest.
         (RuntimeError("sizes differ"), False),
         (NotImplementedError("a kind of RuntimeError"), False),
         (ValueError("can't allocate memory"), False),
+        (OSError("can't allocate memory"), False),
     ],
 )
 def test_lack_of_memory_is_told_from_faults(error: Exception, noted: bool, tmp_path: Path) -> None:
-    with pytest.raises(type(error)), trial.memory_noted(tmp_path):
+    with pytest.raises(type(error)), trial.noted(tmp_path):
         raise error
-    assert bool(trial.lack_of_memory(tmp_path)) == noted
+    assert bool(trial.told(tmp_path, trial.OUT_OF_MEMORY)) == noted
     prepare(Job(0, str(tmp_path), to_dict(Config()), {}), None)
-    assert not trial.lack_of_memory(tmp_path)  # of an earlier start
+    assert not trial.told(tmp_path, trial.OUT_OF_MEMORY)  # of an earlier start
+
+
+def test_settings_that_cannot_train_are_told_from_faults(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wrong"), trial.noted(tmp_path):
+        raise ValueError("wrong shards\nmore")
+    assert trial.told(tmp_path, trial.REFUSED) == "ValueError: wrong shards"
+    prepare(Job(0, str(tmp_path), to_dict(Config()), {}), None)
+    assert not trial.told(tmp_path, trial.REFUSED)
 
 
 def test_prints_of_a_trial_are_in_its_log(tmp_path: Path) -> None:

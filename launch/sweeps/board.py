@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -35,13 +36,16 @@ class Board:
 
     def __enter__(self) -> Board:
         plan, outcomes = self._plan, self._study.outcomes()
-        left = sum(each.state not in ENDED for each in outcomes)
+        ended: dict[int, str] = {
+            each.number: each.state for each in outcomes if each.state in ENDED and each.state != "failed"
+        }
+        left = len(outcomes) - len(ended)
         self._print(
             f"{plan.sweep.title or 'sweep'}: {len(outcomes)} trials, {left} to run, by {plan.sweep.searcher} search "
             f"and scheduler {plan.sweep.scheduler.name}; {plan.objective} should be {_WISH[plan.sweep.mode]}"
         )
         self._print(f"all of it is in {plan.out}: sweep.html shows it at any time")
-        self._told = {each.number: each.state for each in outcomes if each.state in ENDED}
+        self._told = {each.number: each.state for each in over}
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -83,7 +87,7 @@ class Board:
         if best and best.best:
             step, score = best.best
             self._print(f"best: trial {best.number:04d} with {self._plan.objective} {score:.4f} after step {step}")
-            self._print(f"avs-dist train --config {self._plan.out / 'best.yaml'}")
+            self._print(shlex.join(["avs-dist", "train", "--config", str(self._plan.out / "best.yaml")]))
         if failed:
             self._print(f"{len(failed)} trials failed, the first: {failed[0].reason}; --resume tries them again")
         if left:
@@ -120,6 +124,7 @@ class Board:
             ended=None if state == "running" else time.time(),
             baseline=baseline.best[1] if baseline and baseline.best else None,
             published=plan.sweep.published,
+            init_from=plan.bases[""].train.init_from if "" in plan.bases else None,
         )
         write_results(plan.out, summary, outcomes)
         self._written = time.monotonic()

@@ -80,6 +80,8 @@ def _best_config(folder: Path, sweep: Summary, best: Outcome | None) -> str | No
         return None
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["train"] |= {"out_dir": str(folder / "best"), "resume": False, "fork_from": None}
+    if best.forks:
+        config["train"]["init_from"] = sweep.init_from  # which the forks had no need of
     step, score = best.best
     label = f" ({best.label})" if best.label else ""
     head = [

@@ -1,12 +1,32 @@
-"""Joining a cluster: whether anything answers at its address, and what to do where it cannot be joined."""
+"""Starting a Ray beside this process, and joining a cluster: does anything answer there, and what to do if not."""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _ANSWER_S = 10.0
 _PAGE = "launch/cluster/ray/README.md"
+
+
+@contextmanager
+def other_group() -> Iterator[None]:
+    """Processes that are started within the block are of another process group than this one.
+
+    What asks this process to end is often sent to its whole group: it can only end in order while Ray is there.
+    """
+    own = os.getpgid(0)
+    keeper = subprocess.Popen(["sleep", "600"], preexec_fn=os.setpgrp)  # a group needs a member
+    try:
+        os.setpgid(0, keeper.pid)
+        yield
+    finally:
+        os.setpgid(0, own)
+        keeper.kill()
+        keeper.wait()
 
 
 def check_answers(address: str) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,24 @@ import yaml
 from avs_dist.config import Config, flat, from_dict, to_dict
 from avs_dist.launch.parser import Parser
 from avs_dist.launch.sweeps.settings import RowConfig, SweepConfig
-from avs_dist.launch.sweeps.space import Choice, Space, examples, parse_space
+from avs_dist.launch.sweeps.space import Choice, Space, cells, examples, parse_space
 from avs_dist.launch.sweeps.trial import merged
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
+from avs_dist.shards.locks import EXCLUSIVE, lock_file, try_lock
 from avs_dist.tasks import build_task
 
 _FILE = "sweep.yaml"
 _OWN = ("train.out_dir", "train.resume", "train.fork_from")  # given by the sweep
-_FREE = ("title", "samples", "hours", "retries", "resources", "published")  # may be others when it is resumed
+_FREE = (
+    "title",
+    "objective",
+    "samples",
+    "hours",
+    "retries",
+    "resources",
+    "published",
+)  # may be others when it is resumed
 _KEEP_FOR_PBT = 4  # checkpoints: another trial may ask for one that is not the newest
 
 
@@ -80,10 +90,11 @@ def make_plan(parser: Parser, args: Any, words: list[str]) -> Plan:
         for settings in examples(space):
             parser.parse_object(settings, namespace)  # ends with an error that names key and value
     bases = {name: _kept_for_others(_config(parser, namespace), sweep) for name, namespace in parsed.items()}
-    _check_scheduler(sweep, space, base)
     for config in bases.values():
-        task = build_task(config)
-        task.check_data(ShardIndex.load(config.data.shards))
+        _check_scheduler(sweep, space, config)
+        for settings in cells(space):
+            from_dict(merged(to_dict(config), settings))  # raises where they do not fit together
+        _check_data(config, space)
     return Plan(
         sweep=sweep,
         out=Path(args["out"] or Path("runs/sweeps") / (Path(str(file)).stem if file else "sweep")),
@@ -94,12 +105,23 @@ def make_plan(parser: Parser, args: Any, words: list[str]) -> Plan:
     )
 
 
-def claim(plan: Plan, resume: bool) -> None:
-    """Take the folder: its trials are comparable, so it belongs to one plan.
+@contextmanager
+def claimed(plan: Plan, resume: bool) -> Iterator[None]:
+    """Have the folder of a sweep alone within the block.
 
     Raises:
+        RuntimeError: another sweep has it.
         ValueError: it holds a sweep and is not to be resumed, or another sweep.
     """
+    with lock_file(plan.out / ".lock") as lock:
+        if not try_lock(lock, EXCLUSIVE):
+            raise RuntimeError(f"--out {plan.out}: a sweep is running there; its sweep.html shows it")
+        _claim(plan, resume)
+        yield
+
+
+def _claim(plan: Plan, resume: bool) -> None:
+    """Its trials are comparable, so the folder belongs to one plan."""
     path, mine = plan.out / _FILE, _described(plan)
     if not path.is_file():
         write_text(path, yaml.safe_dump(mine, sort_keys=False))
@@ -154,6 +176,14 @@ def _config(parser: Parser, namespace: Any) -> Config:
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})
 
 
+def _check_data(config: Config, space: Space) -> None:
+    """Raises what a training would after minutes: shards that are not there, or not those of the system."""
+    tried = [settings for settings in examples(space) if any(key.startswith(("data.", "model.")) for key in settings)]
+    for settings in ({}, *tried):
+        chosen = from_dict(merged(to_dict(config), settings))
+        build_task(chosen).check_data(ShardIndex.load(chosen.data.shards))
+
+
 def _kept_for_others(config: Config, sweep: SweepConfig) -> Config:
     if sweep.scheduler.name != "pbt" or config.train.keep_last >= _KEEP_FOR_PBT:
         return config
@@ -167,6 +197,11 @@ def _check_scheduler(sweep: SweepConfig, space: Space, base: Config) -> None:
             f"{name} compares trials while they train: set train.eval_every, now {base.train.eval_every}, below "
             f"train.max_steps={base.train.max_steps}, or --sweep.scheduler.name none"
         )
+    if name in ("asha", "median") and sweep.scheduler.grace_steps > base.train.max_steps:
+        steps = f"sweep.scheduler.grace_steps={sweep.scheduler.grace_steps}"
+        raise ValueError(f"{steps}: more than train.max_steps={base.train.max_steps}, so no trial could be stopped")
+    if name in ("asha", "pbt") and any(each.key == "train.max_steps" for each in space):
+        raise ValueError(f"space: train.max_steps: {name} compares trials of the same length")
     if name == "pbt":
         for each in space:
             if each.when or (isinstance(each.domain, Choice) and each.domain.grid):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from avs_dist.launch.sweeps.outcome import Outcome
-from avs_dist.launch.sweeps.watch import STEP
+from avs_dist.launch.sweeps.watch import STEP, finite
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ def recall(scheduler: Any, outcomes: list[Outcome], objective: str) -> None:
         if outcome.state not in ("complete", "stopped") or not outcome.scores:
             continue
         past = _Past(f"{outcome.number:04d}")
-        results = [{STEP: step, objective: score} for step, score in outcome.scores]
+        results = [{STEP: step, objective: finite(score, outcome.mode)} for step, score in outcome.scores]
         scheduler.on_trial_add(None, past)
         for result in results:
             scheduler.on_trial_result(None, past, result)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from avs_dist.config import to_dict
 from avs_dist.launch.sweeps.plan import Plan
 from avs_dist.launch.sweeps.settings import ResourcesConfig
-from avs_dist.launch.sweeps.watch import SECONDS, STEP
-
-_WORST = 1e30  # in the place of a score that is not finite: a trial that diverged is the worst, for every scheduler
+from avs_dist.launch.sweeps.watch import SECONDS, STEP, finite
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,6 @@ class Setup:
     Args:
         out: folder of the sweep; all hosts have the same files there.
         bases: config of each row.
-        sign: of good scores.
         gpus: of each worker.
         cwd: where the sweep was started, which paths in configs are relative to.
     """
@@ -32,7 +28,7 @@ class Setup:
     out: str
     bases: dict[str, dict[str, Any]]
     objective: str
-    sign: int
+    mode: Literal["max", "min"]
     resources: ResourcesConfig
     gpus: float
     cwd: str
@@ -51,7 +47,7 @@ class Setup:
             out=str(plan.out.absolute()),
             bases={row: to_dict(base) for row, base in plan.bases.items()},
             objective=plan.objective,
-            sign=1 if plan.sweep.mode == "max" else -1,
+            mode=plan.sweep.mode,
             resources=resources,
             gpus=min(1.0, there.get("GPU", 0.0)) if resources.gpus is None else resources.gpus,
             cwd=os.getcwd(),
@@ -97,10 +93,9 @@ class Setup:
         """
         if self.objective not in metrics:
             raise ValueError(f"sweep.objective={self.objective} is not measured; there are {', '.join(metrics)}")
-        score = metrics[self.objective]
         return {
             **metrics,
-            self.objective: score if math.isfinite(score) else -self.sign * _WORST,
+            self.objective: finite(metrics[self.objective], self.mode),
             STEP: step,
             SECONDS: seconds,
             "done": step >= max_steps,  # for Tune: not to be paused, or forked, at its end

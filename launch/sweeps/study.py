@@ -26,7 +26,7 @@ from avs_dist.launch.sweeps.space import Choice, Parameter, Space, cells, draw, 
 
 ROW = "row"  # the parameter of a table of rows; no config key
 BASELINE = "the config as it is"  # label of the trial without settings
-_NAME = "sweep"
+_NAME, _JOURNAL = "sweep", "study.log"
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Study:
         rows = tuple(sweep.rows)
         self._space = ((Parameter(ROW, Choice(rows, grid=True)),) if rows else ()) + space
         folder.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(folder / _JOURNAL)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        storage = JournalStorage(JournalFileBackend(str(folder / "study.log")))
+        storage = JournalStorage(JournalFileBackend(str(folder / _JOURNAL)))
         direction: Literal["maximize", "minimize"] = "maximize" if sweep.mode == "max" else "minimize"
         self._study = optuna.create_study(storage=storage, study_name=_NAME, direction=direction, load_if_exists=True)
         if sweep.baseline and not self._trials():
@@ -61,6 +62,7 @@ class Study:
         planned = first + sweep.samples * cells(self._space)
         for cell in planned[len(self._trials()) - self._replaced() :]:
             self._study.enqueue_trial({key: label(value) for key, value in cell.items()})
+        self._read: dict[int, tuple[tuple[int, ...], tuple[tuple[int, float], ...]]] = {}
         self._begun = [each.number for each in self._trials() if each.state is TrialState.RUNNING]
 
     def trial_folder(self, number: int) -> Path:
@@ -70,7 +72,7 @@ class Study:
         """The next trial: first those that a former start has left; None when there are no more.
 
         Raises:
-            ValueError: more settings than trials were drawn that do not fit together.
+            ValueError: most settings that are drawn do not fit together.
         """
         while True:
             draft = self._next()
@@ -127,33 +129,32 @@ class Study:
             trial = self._trial(self._begun.pop(0))
             self._note(trial.number, state=None)
         elif any(each.state is TrialState.WAITING for each in self._trials()):
-            self._study.sampler = self._sampler(len([t for t in self._trials() if t.state is not TrialState.WAITING]))
             trial = self._study.ask()
         else:
             return None
         if self._attrs(trial.number).get("baseline"):
             return Draft(trial.number, "", {})
+        self._study.sampler = self._sampler(trial.number)
         settings = draw(self._space, trial)  # what was drawn before comes again
         row = settings.pop(ROW, "")
         return Draft(trial.number, row, run.settings_of(self.trial_folder(trial.number)) or settings)
 
-    def _sampler(self, drawn: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """A fresh one for each trial: what is drawn hangs on the seed and the trials before, not on interruptions."""
-        seed = int(np.random.SeedSequence([self._sweep.seed, drawn]).generate_state(1)[0])
+        seed = int(np.random.SeedSequence([self._sweep.seed, number]).generate_state(1)[0])
         if self._sweep.searcher == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)
 
     def _replace(self, draft: Draft, reason: str) -> None:
-        self._note(draft.number, state="invalid", reason=reason)
+        """Another one is drawn in its place; noted first, so that a kill does not lose it."""
         fixed = self._trials()[draft.number].system_attrs.get("fixed_params", {})
-        self._study.tell(draft.number, state=TrialState.FAIL)
-        invalid = self._replaced()
-        if len(fixed) == len(self._space):
-            raise ValueError(f"{draft.row or draft.settings}: {reason}")
-        if invalid > len(self._trials()) - invalid:
+        invalid = self._replaced() + 1
+        if 2 * invalid > len(self._trials()):
             raise ValueError(f"{invalid} trials were drawn whose settings do not fit together, the last: {reason}")
         self._study.enqueue_trial(fixed)
+        self._note(draft.number, state="invalid", reason=reason)
+        self._study.tell(draft.number, state=TrialState.FAIL)
 
     def _replaced(self) -> int:
         return sum(each.user_attrs.get("state") == "invalid" for each in self._trials())
@@ -183,7 +184,16 @@ class Study:
         )
 
     def _scores(self, number: int) -> tuple[tuple[int, float], ...]:
-        return evaluations(self.trial_folder(number), self._objective)
+        """Read again where the log has changed."""
+        path = self.trial_folder(number) / "metrics.jsonl"
+        try:
+            now = path.stat()
+        except FileNotFoundError:
+            return ()
+        seen = (now.st_ino, now.st_size, now.st_mtime_ns)
+        if number not in self._read or self._read[number][0] != seen:
+            self._read[number] = seen, _evaluations(path, self._objective)
+        return self._read[number][1]
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
@@ -200,11 +210,10 @@ class Study:
             storage.set_trial_user_attr(identity, key, value)
 
 
-def evaluations(folder: Path, objective: str) -> tuple[tuple[int, float], ...]:
-    """Step and score of the evaluations of a run."""
-    path = folder / "metrics.jsonl"
+def _evaluations(path: Path, objective: str) -> tuple[tuple[int, float], ...]:
+    """Step and score of the evaluations that a run has logged."""
     found = {}
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # a line that is being written
@@ -212,3 +221,10 @@ def evaluations(folder: Path, objective: str) -> tuple[tuple[int, float], ...]:
         if record.get("phase") == "eval" and objective in record:
             found[int(record["step"])] = float(record[objective])
     return tuple(sorted(found.items()))
+
+
+def _cut_torn_line(journal: Path) -> None:
+    """What a kill or a full disk has left of the last line: Optuna would write on behind it, and never read that."""
+    if journal.is_file() and not (text := journal.read_bytes()).endswith(b"\n"):
+        with open(journal, "r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)

@@ -22,6 +22,7 @@ class Summary:
         ended: seconds since 1970; None while it is running.
         baseline: objective of the default config, where it was measured.
         published: headings of the scores that a paper gives the rows.
+        init_from: where the trainings of a space begin, if not from scratch.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Summary:
     ended: float | None = None
     baseline: float | None = None
     published: tuple[str, ...] = ()
+    init_from: str | None = None
 
     @property
     def published_columns(self) -> list[str]:

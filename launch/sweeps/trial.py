@@ -2,7 +2,7 @@
 
 <folder>/            an ordinary run: config.yaml, metrics.jsonl, checkpoints/, tensorboard/
 <folder>/trial.json  its present settings, and where it was forked from other trials (population based training)
-<folder>/fork/       the checkpoint of the other trial that it went on from last
+<folder>/fork-1/     the checkpoint of the other trial that it went on from last, by the number of its fork
 <folder>/log.txt     what it printed
 """
 
@@ -24,6 +24,7 @@ from avs_dist.launch.sweeps.outcome import Fork
 from avs_dist.shards.files import write_text
 
 OUT_OF_MEMORY = "out_of_memory.txt"  # in the folder of a trial that had not enough
+REFUSED = "refused.txt"  # likewise of one that cannot train with its settings or data, however often it is tried
 _FACTS = "trial.json"
 
 
@@ -63,7 +64,8 @@ def prepare(job: Job, origin: str | None) -> Config:
     """
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / OUT_OF_MEMORY).unlink(missing_ok=True)
+    for note in (OUT_OF_MEMORY, REFUSED):
+        (folder / note).unlink(missing_ok=True)
     facts = _facts(folder) or {"settings": job.settings, "forks": [], "origin": "", "pending": False}
     if origin and not Path(origin).is_relative_to(folder) and facts["origin"] != origin:
         facts = _fork(job, facts, origin)
@@ -72,7 +74,8 @@ def prepare(job: Job, origin: str | None) -> Config:
     _write_facts(folder, {**facts, "pending": False})
     train = {"train.out_dir": str(folder), "train.resume": True}
     if facts["forks"]:
-        train |= {"train.fork_from": str(_forked(folder)), "train.init_from": None}
+        (place,) = _place(folder, len(facts["forks"])).iterdir()
+        train |= {"train.fork_from": str(place), "train.init_from": None}
     return from_dict(merged(job.config, {**facts["settings"], **train}))
 
 
@@ -96,23 +99,30 @@ def merged(config: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any
 
 
 @contextmanager
-def memory_noted(folder: Path) -> Iterator[None]:
-    """Within the block a lack of memory leaves a note, by which the sweep tells it from a fault and does not retry."""
+def noted(folder: Path) -> Iterator[None]:
+    """Within the block errors that come again at each try leave a note, by which the sweep tells them from faults."""
     import torch
 
     try:
         yield
+    except ValueError as error:
+        _note(folder / REFUSED, error)
+        raise
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
         # what torch says of a GPU, and of the host
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-            write_text(folder / OUT_OF_MEMORY, f"{type(error).__name__}: {text.splitlines()[0] if text else ''}\n")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            _note(folder / OUT_OF_MEMORY, error)
         raise
 
 
-def lack_of_memory(folder: Path) -> str:
-    """What it said; empty where it had enough."""
-    path = folder / OUT_OF_MEMORY
+def _note(path: Path, error: Exception) -> None:
+    text = str(error)
+    write_text(path, f"{type(error).__name__}: {text.splitlines()[0] if text else ''}\n")
+
+
+def told(folder: Path, note: str) -> str:
+    """What an error said that left a note; empty where there was none."""
+    path = folder / note
     return path.read_text().strip() if path.is_file() else ""
 
 
@@ -141,11 +151,17 @@ def _fork(job: Job, facts: dict[str, Any], origin: str) -> dict[str, Any]:
     step = int(checkpoint.manifest(source)["step"])
     if step >= merged(job.config, job.settings)["train"]["max_steps"]:
         return facts
-    _copy(source, folder / "fork")
+    number = len(facts["forks"]) + 1
+    _copy(source, _place(folder, number))
     fork = {"step": step, "source": int(Path(origin).parents[1].name), "settings": job.settings}
     facts = {"settings": job.settings, "forks": [*facts["forks"], fork], "origin": origin, "pending": True}
     _write_facts(folder, facts)
+    shutil.rmtree(_place(folder, number - 1), ignore_errors=True)
     return facts
+
+
+def _place(folder: Path, fork: int) -> Path:
+    return folder / f"fork-{fork}"
 
 
 def _whole(origin: Path) -> Path:
@@ -173,10 +189,6 @@ def _link(source: str, target: str) -> None:
         raise
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, target)
-
-
-def _forked(folder: Path) -> Path:
-    return next((folder / "fork").iterdir())
 
 
 def _facts(folder: Path) -> dict[str, Any] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from avs_dist.launch.sweeps import trial
 from avs_dist.launch.sweeps.board import Board
@@ -11,6 +12,12 @@ from avs_dist.launch.sweeps.plan import Plan
 from avs_dist.launch.sweeps.study import Study
 
 STEP, SECONDS = "step", "seconds"  # what a trial reports beside its metrics
+_WORST = 1e30  # in the place of a score that is not finite: a trial that diverged is the worst, for every scheduler
+
+
+def finite(score: float, mode: Literal["max", "min"]) -> float:
+    """A score for schedulers."""
+    return score if math.isfinite(score) else -_WORST if mode == "max" else _WORST
 
 
 class Watch:
@@ -35,8 +42,11 @@ class Watch:
         Args:
             last: its last result.
         """
-        if lack := trial.lack_of_memory(self._study.trial_folder(number)):
+        folder = self._study.trial_folder(number)
+        if lack := trial.told(folder, trial.OUT_OF_MEMORY):
             self._study.end(number, "out of memory", lack)
+        elif refusal := trial.told(folder, trial.REFUSED):
+            self._study.failed(number, refusal)
         elif last.get(STEP, 0) < self._plan.max_steps(row, settings):
             self._study.end(number, "stopped")
         else:
