@@ -43,6 +43,7 @@ from avs_dist.launch.sweeps import trial as running
 from avs_dist.launch.sweeps.board import Board
 from avs_dist.launch.sweeps.command import build_parser
 from avs_dist.launch.sweeps.joining import check_answers, other_group, why_not_joined
+from avs_dist.launch.sweeps.outcome import Outcome
 from avs_dist.launch.sweeps.plan import Plan, claimed, make_plan
 from avs_dist.launch.sweeps.recall import recall
 from avs_dist.launch.sweeps.settings import ResourcesConfig
@@ -104,7 +105,7 @@ def _conduct(plan: Plan, study: Study, setup: Setup) -> int:
         ),
         tune_config=tune.TuneConfig(
             search_alg=_Drafts(study, lambda: setup.room(plan, ray.cluster_resources())),
-            scheduler=_scheduler(plan, study),
+            scheduler=scheduler_of(plan, study.outcomes()),
             num_samples=-1,  # until there are no more drafts
             time_budget_s=plan.sweep.hours * 3600 or None,
         ),
@@ -354,7 +355,7 @@ class _Watcher(_NotKept, tune.Callback):
         _free(self._setup.folder(int(trial.trial_id)))
 
 
-def _scheduler(plan: Plan, study: Study) -> schedulers.TrialScheduler:
+def scheduler_of(plan: Plan, outcomes: list[Outcome]) -> schedulers.TrialScheduler:
     """It knows what the trials of a sweep that is resumed have told before."""
     asked, objective, mode = plan.sweep.scheduler, plan.objective, plan.sweep.mode
     every = min(base.train.eval_every for base in plan.bases.values()) or 1
@@ -374,13 +375,14 @@ def _scheduler(plan: Plan, study: Study) -> schedulers.TrialScheduler:
         )
     begin = asked.grace_steps or every
     if asked.name == "median":
+        never: Any = math.inf  # take turns with trials that wait: each costs a start
         scheduler: schedulers.TrialScheduler = schedulers.MedianStoppingRule(
-            **common, grace_period=begin, min_samples_required=3
+            **common, grace_period=begin, min_time_slice=never
         )
     else:
         most = max(base.train.max_steps for base in plan.bases.values())
         scheduler = schedulers.ASHAScheduler(**common, max_t=most, grace_period=begin, reduction_factor=asked.reduction)
-    recall(scheduler, study.outcomes(), objective)
+    recall(scheduler, outcomes, objective)
     return scheduler
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 
+from avs_dist.config import Config, TrainConfig
+from avs_dist.launch.sweep import scheduler_of
 from avs_dist.launch.sweeps.outcome import Outcome, State
-from avs_dist.launch.sweeps.recall import recall
+from avs_dist.launch.sweeps.plan import Plan
+from avs_dist.launch.sweeps.settings import SchedulerConfig, SweepConfig
 
-COMMON: dict[str, Any] = {"time_attr": "step", "metric": "miou"}
+
+class New:
+    """All that schedulers look at of a trial."""
+
+    trial_id = "new"
 
 
 def outcome(number: int, *scores: float, state: State = "complete", mode: Any = "max") -> Outcome:
@@ -23,32 +28,28 @@ def outcome(number: int, *scores: float, state: State = "complete", mode: Any = 
 
 def decided(scheduler: TrialScheduler, step: int, score: float) -> str:
     """What becomes of a new trial."""
-    trial = SimpleNamespace(trial_id="new") if isinstance(scheduler, ASHAScheduler) else "new"
+    trial: Any = New()
     scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
     return scheduler.on_trial_result(None, trial, {"step": step, "miou": score})  # type: ignore[arg-type]
 
 
+def made(name: Any, past: list[Outcome], mode: Any = "max") -> TrialScheduler:
+    """The scheduler of a sweep of trainings of 40 steps, with an evaluation every 10."""
+    train = TrainConfig(max_steps=40, eval_every=10)
+    sweep = SweepConfig(space={"seed": 1}, mode=mode, scheduler=SchedulerConfig(name, reduction=2))
+    return scheduler_of(Plan(sweep, Path("gone"), "", (), {"": Config(train=train)}, "miou"), past)
+
+
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_new_trials_are_compared_with_those_before(name: str) -> None:
-    def scheduler() -> TrialScheduler:
-        if name == "asha":
-            return ASHAScheduler(**COMMON, mode="max", max_t=40, grace_period=10, reduction_factor=2)
-        return MedianStoppingRule(**COMMON, mode="max", grace_period=10, min_time_slice=sys.maxsize)
-
-    assert decided(scheduler(), 10, 0.1) == TrialScheduler.CONTINUE  # with nothing to compare
-    there = scheduler()
     past = [outcome(k, 0.3 + k / 10, 0.5) for k in range(3)]
-    recall(there, [*past, outcome(3, 0.9, state="failed"), outcome(4)], "miou")
-    assert decided(there, 10, 0.1) == TrialScheduler.STOP
-    there = scheduler()
-    recall(there, past, "miou")
-    assert decided(there, 10, 0.6) == TrialScheduler.CONTINUE
+    assert decided(made(name, []), 10, 0.1) == TrialScheduler.CONTINUE  # with nothing to compare
+    more = [outcome(3, 0.9, state="failed"), outcome(4)]
+    assert decided(made(name, [*past, *more]), 10, 0.1) == TrialScheduler.STOP
+    assert decided(made(name, past), 10, 0.6) == TrialScheduler.CONTINUE
 
 
 def test_trials_that_diverged_were_the_worst() -> None:
-    there = ASHAScheduler(**COMMON, mode="min", max_t=40, grace_period=10, reduction_factor=2)
-    recall(there, [outcome(k, float("nan"), mode="min") for k in range(3)], "miou")
-    assert decided(there, 10, 7.0) == TrialScheduler.CONTINUE
-    there = ASHAScheduler(**COMMON, mode="min", max_t=40, grace_period=10, reduction_factor=2)
-    recall(there, [outcome(k, 5.0, mode="min") for k in range(3)], "miou")
-    assert decided(there, 10, 7.0) == TrialScheduler.STOP
+    diverged = [outcome(k, float("nan"), mode="min") for k in range(3)]
+    assert decided(made("asha", diverged, "min"), 10, 7.0) == TrialScheduler.CONTINUE
+    assert decided(made("asha", [outcome(k, 5.0, mode="min") for k in range(3)], "min"), 10, 7.0) == TrialScheduler.STOP

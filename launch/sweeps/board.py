@@ -36,10 +36,8 @@ class Board:
 
     def __enter__(self) -> Board:
         plan, outcomes = self._plan, self._study.outcomes()
-        ended: dict[int, str] = {
-            each.number: each.state for each in outcomes if each.state in ENDED and each.state != "failed"
-        }
-        left = len(outcomes) - len(ended)
+        over = [each for each in outcomes if each.state in ENDED and each.state != "failed"]
+        left = len(outcomes) - len(over)
         self._print(
             f"{plan.sweep.title or 'sweep'}: {len(outcomes)} trials, {left} to run, by {plan.sweep.searcher} search "
             f"and scheduler {plan.sweep.scheduler.name}; {plan.objective} should be {_WISH[plan.sweep.mode]}"
