@@ -51,5 +51,6 @@ def test_new_trials_are_compared_with_those_before(name: str) -> None:
 
 def test_trials_that_diverged_were_the_worst() -> None:
     diverged = [outcome(k, float("nan"), mode="min") for k in range(3)]
-    assert decided(made("asha", diverged, "min"), 10, 7.0) == TrialScheduler.CONTINUE
+    one_good = [*diverged, outcome(3, 5.0, mode="min")]
+    assert decided(made("asha", one_good, "min"), 10, 7.0) == TrialScheduler.CONTINUE
     assert decided(made("asha", [outcome(k, 5.0, mode="min") for k in range(3)], "min"), 10, 7.0) == TrialScheduler.STOP
