@@ -49,7 +49,7 @@ from avs_dist.launch.sweeps.recall import recall
 from avs_dist.launch.sweeps.settings import ResourcesConfig
 from avs_dist.launch.sweeps.setup import Setup
 from avs_dist.launch.sweeps.space import Choice, Parameter, within
-from avs_dist.launch.sweeps.study import Draft, Study
+from avs_dist.launch.sweeps.study import Study
 from avs_dist.launch.sweeps.watch import STEP, Watch
 from avs_dist.shards.files import write_text
 
@@ -128,11 +128,11 @@ def _conduct(plan: Plan, study: Study, setup: Setup) -> int:
 def _trial(config: dict[str, Any], setup: Setup) -> None:
     """One start of a trial, in a process of its own."""
     os.chdir(setup.cwd)
-    draft = Draft(int(tune.get_context().get_trial_id()), config["row"], config["settings"])
-    folder = setup.folder(draft.number)
+    number = int(tune.get_context().get_trial_id())
+    folder = setup.folder(number)
     with running.printing_to(folder / "log.txt"):
         origin = _pointed(tune.get_checkpoint())
-        job = running.Job(draft.number, str(folder), setup.bases[draft.row], draft.settings)
+        job = running.Job(number, str(folder), setup.bases[config["row"]], config["settings"])
         training = running.prepare(job, origin)
         teller = _Teller(setup, folder, training.train.max_steps)
         try:
@@ -295,7 +295,7 @@ class _Drafts(_NotKept, SearchAlgorithm):
 
     @property
     def total_samples(self) -> int:
-        return len(self._study.outcomes())
+        return len(self._study)
 
     def add_configurations(self, experiments: Any) -> None:
         self._spec = experiments[0].spec

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 from avs_dist import interruption
 from avs_dist.config import Config
@@ -29,7 +30,12 @@ def build_parser() -> Parser:
 def parse_config(argv: list[str] | None = None) -> Config:
     """Config from YAML files and dotted overrides; errors are one line and exit code 2."""
     parser = build_parser()
-    values = parser.instantiate_classes(parser.parse_args(argv))
+    return config_of(parser, parser.parse_args(argv))
+
+
+def config_of(parser: Parser, namespace: Any) -> Config:
+    """The config in what a parser that has `add_class_arguments(Config)` has read, beside whatever else."""
+    values = parser.instantiate_classes(namespace)
     return Config(**{name: values[name] for name in Config.__dataclass_fields__})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Literal
 
 import psutil
 
+from avs_dist.launch.checks.collective import free_port
 from avs_dist.shards.children import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +93,7 @@ class Launched:
 def launched(launcher: Literal["deepspeed", "torchrun"], arguments: list[str]) -> Iterator[Launched]:
     """launch/train.py as two ranks; nothing is left of them behind the block."""
     start = {
-        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(_free_port())],
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     }[launcher]
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +108,7 @@ def launched(launcher: Literal["deepspeed", "torchrun"], arguments: list[str]) -
 def started(*commands: list[str]) -> Iterator[list[Launched]]:
     """Ranks without a launcher, each by its own command (without the interpreter)."""
     ranks = str(len(commands))
-    world = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    world = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as folder:
         runs = []
         for rank, command in enumerate(commands):
@@ -119,9 +119,3 @@ def started(*commands: list[str]) -> Iterator[list[Launched]]:
         finally:
             for run in runs:
                 run.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

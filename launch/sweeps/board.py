@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from avs_dist.interruption import EXIT_CODE
+from avs_dist.launch.sweeps.charts import settings_keys
 from avs_dist.launch.sweeps.files import write_hparams, write_results
 from avs_dist.launch.sweeps.outcome import Outcome, best_of
 from avs_dist.launch.sweeps.plan import Plan
@@ -132,7 +133,7 @@ class Board:
         for each in outcomes:
             counts[each.state] = counts.get(each.state, 0) + 1
         table = Table(title=", ".join(f"{count} {state}" for state, count in counts.items()), title_justify="left")
-        keys = list(dict.fromkeys(key for each in outcomes for key in each.settings))
+        keys = settings_keys(outcomes)
         labels = any(each.label for each in outcomes)
         for name in ("trial", *(["row"] if labels else []), "state", "step", self._plan.objective, "best", *keys):
             table.add_column(name)

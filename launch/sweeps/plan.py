@@ -19,6 +19,7 @@ from avs_dist.launch.parser import Parser
 from avs_dist.launch.sweeps.settings import RowConfig, SweepConfig
 from avs_dist.launch.sweeps.space import Choice, Space, cells, examples, parse_space
 from avs_dist.launch.sweeps.trial import merged
+from avs_dist.launch.train import config_of
 from avs_dist.shards.files import write_text
 from avs_dist.shards.index import ShardIndex
 from avs_dist.shards.locks import EXCLUSIVE, lock_file, try_lock
@@ -75,10 +76,9 @@ def make_plan(parser: Parser, args: Any, words: list[str]) -> Plan:
     Raises:
         ValueError: something does not fit; nothing has begun.
     """
-    values = parser.instantiate_classes(args)
-    sweep: SweepConfig = values["sweep"]
+    sweep: SweepConfig = parser.instantiate_classes(args)["sweep"]
     space = parse_space(sweep.space)
-    base = Config(**{name: values[name] for name in Config.__dataclass_fields__})
+    base = config_of(parser, args)
     file = getattr(args["sweep"], "__path__", None)
     place = Path(str(file.absolute)).parent if file else Path.cwd()
     rows = sweep.rows or {"": RowConfig()}
@@ -89,7 +89,7 @@ def make_plan(parser: Parser, args: Any, words: list[str]) -> Plan:
     for namespace in parsed.values():
         for settings in examples(space):
             parser.parse_object(settings, namespace)  # ends with an error that names key and value
-    bases = {name: _kept_for_others(_config(parser, namespace), sweep) for name, namespace in parsed.items()}
+    bases = {name: _kept_for_others(config_of(parser, namespace), sweep) for name, namespace in parsed.items()}
     for config in bases.values():
         _check_scheduler(sweep, space, config)
         for settings in cells(space):
@@ -169,11 +169,6 @@ def _overlaid(parser: Parser, args: Any, row: RowConfig, place: Path) -> Any:
             raise FileNotFoundError(f"{path}, a config of a row, is not there")
         args = parser.parse_object(yaml.safe_load(path.read_text()), args)
     return parser.parse_object(row.settings, args) if row.settings else args
-
-
-def _config(parser: Parser, namespace: Any) -> Config:
-    values = parser.instantiate_classes(namespace)
-    return Config(**{name: values[name] for name in Config.__dataclass_fields__})
 
 
 def _check_data(config: Config, space: Space) -> None:

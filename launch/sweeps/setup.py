@@ -11,6 +11,7 @@ from typing import Any, Literal
 from avs_dist.config import to_dict
 from avs_dist.launch.sweeps.plan import Plan
 from avs_dist.launch.sweeps.settings import ResourcesConfig
+from avs_dist.launch.sweeps.trial import folder_of
 from avs_dist.launch.sweeps.watch import SECONDS, STEP, finite
 
 
@@ -102,4 +103,4 @@ class Setup:
         }
 
     def folder(self, number: int) -> Path:
-        return Path(self.out, "trials", f"{number:04d}")
+        return folder_of(Path(self.out), number)

@@ -66,7 +66,11 @@ class Study:
         self._begun = [each.number for each in self._trials() if each.state is TrialState.RUNNING]
 
     def trial_folder(self, number: int) -> Path:
-        return self._folder / "trials" / f"{number:04d}"
+        return run.folder_of(self._folder, number)
+
+    def __len__(self) -> int:
+        """Trials, whatever their state."""
+        return len(self._trials())
 
     def next(self) -> Draft | None:
         """The next trial: first those that a former start has left; None when there are no more.

@@ -44,6 +44,11 @@ class Job:
     settings: dict[str, Any]
 
 
+def folder_of(sweep: Path, number: int) -> Path:
+    """The run of a trial in the folder of its sweep."""
+    return sweep / "trials" / f"{number:04d}"
+
+
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """Its present ones; None where it never was started."""
     facts = _facts(folder)
