@@ -33,7 +33,7 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
-        "ray[tune,train]>=2.50",  # runs the trials of sweeps
+        "ray[tune,train]>=2.59",  # runs the trials of sweeps; earlier ones ask for no token
         "optuna>=4",  # draws them
         "plotly>=5.20",  # and shows them, in a page that needs no network
         "rich>=13",  # and in the terminal
